@@ -1,0 +1,172 @@
+"""Chapter 8, first part. Grids: which levels a sampler visits.
+
+A grid is a pure function ``(schedule, steps) -> times``: ``steps`` times to ask the denoiser at, then 0. Times are
+continuous; the network is told exactly the level that the solver uses (trap S15).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from .errors import UndiffuseError
+from .levels import Level
+from .schedules import Schedule
+
+
+class Grid(ABC):
+    """Abstract: ``(schedule, steps) -> times``. Subclasses are frozen dataclasses that give the ``steps`` times to
+    ask at."""
+
+    @abstractmethod
+    def nodes(self, schedule: Schedule, steps: int) -> Tensor:
+        """``steps`` decreasing times, float64; the last is above 0."""
+
+    @final
+    def times(self, schedule: Schedule, steps: int) -> Tensor:
+        """``[steps + 1]`` strictly decreasing times, the last exactly 0 (trap S12). Pure: the same arguments give the
+        same times, however often it is called (trap S9)."""
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise UndiffuseError(f"steps must be a whole number of at least 1, got {steps!r}")
+        times = torch.cat([self.nodes(schedule, steps), torch.zeros(1, dtype=torch.float64)])
+        if not bool((times.diff() < 0).all()):
+            raise UndiffuseError(
+                f"{steps} steps are more than this grid has distinct times: take fewer, or another grid"
+            )
+        # Trap S5: a model that learned pure noise would never be shown it.
+        if schedule.terminal_snr == 0 and times[0] < 1:
+            raise UndiffuseError(
+                f"this schedule ends in pure noise at t = 1, but the grid starts at t = {float(times[0]):.4g}: "
+                "use the uniform or trailing grid"
+            )
+        if schedule.first > 0 and float(times[-2]) < schedule.first * (1 - 1e-9):
+            raise UndiffuseError(
+                f"{steps} steps ask below t = {schedule.first:.4g}, the first level of this table: take fewer steps"
+            )
+        return times
+
+    @final
+    def levels(self, schedule: Schedule, steps: int) -> list[Level]:
+        """The ``steps + 1`` levels of :meth:`times`."""
+        return list(schedule(self.times(schedule, steps)))
+
+
+@dataclass(frozen=True)
+class Uniform(Grid):
+    """Equal steps of t from 1 (equal to ``trailing`` without its rounding)."""
+
+    def nodes(self, schedule: Schedule, steps: int) -> Tensor:
+        return torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+
+
+def _ratios(schedule: Schedule, least: float, most: float) -> tuple[float, float]:
+    """The range of sigma/alpha to space points in: the schedule's own, where it has ends, within [least, most]."""
+    end, first = schedule(1.0), schedule(schedule.first)
+    return min(float(end.sigma / end.alpha), most), max(float(first.sigma / first.alpha), least)
+
+
+def _from_ratios(schedule: Schedule, ratios: Tensor) -> Tensor:
+    """Times of these sigma/alpha; the first is always t = 1, where the noise really starts (trap S4)."""
+    times = schedule.time_at(-2 * torch.log(ratios))
+    times[0] = 1.0
+    return times
+
+
+@dataclass(frozen=True)
+class LogSNR(Grid):
+    """Equal steps of log-SNR between sigma/alpha = ``most`` and ``least`` (Lu et al. 2022)."""
+
+    least: float = 0.002
+    most: float = 80.0
+
+    def nodes(self, schedule: Schedule, steps: int) -> Tensor:
+        most, least = _ratios(schedule, self.least, self.most)
+        logs = torch.log(torch.tensor([most, least], dtype=torch.float64))
+        return _from_ratios(schedule, torch.exp(torch.lerp(logs[0], logs[1], _unit(steps))))
+
+
+@dataclass(frozen=True)
+class Karras(Grid):
+    """Equal steps of (sigma/alpha)^(1/rho) (Karras et al. 2022, eq. 5)."""
+
+    rho: float = 7.0
+    least: float = 0.002
+    most: float = 80.0
+
+    def nodes(self, schedule: Schedule, steps: int) -> Tensor:
+        most, least = (ratio ** (1 / self.rho) for ratio in _ratios(schedule, self.least, self.most))
+        return _from_ratios(schedule, (most + _unit(steps) * (least - most)) ** self.rho)
+
+
+def _unit(steps: int) -> Tensor:
+    return torch.linspace(0, 1, steps, dtype=torch.float64)
+
+
+def _table_steps(schedule: Schedule, steps: int, default: int) -> int:
+    total = round(1 / schedule.first) if schedule.first > 0 else default
+    if steps > total:
+        raise UndiffuseError(f"{steps} steps asked of a table of {total}: take at most {total}")
+    return total
+
+
+@dataclass(frozen=True)
+class Trailing(Grid):
+    """Whole steps of a table of T counted back from its end (Lin et al. 2023, table 2)."""
+
+    total: int = 1000
+
+    def nodes(self, schedule: Schedule, steps: int) -> Tensor:
+        total = _table_steps(schedule, steps, self.total)
+        return torch.round(total - torch.arange(steps, dtype=torch.float64) * (total / steps)) / total
+
+
+@dataclass(frozen=True)
+class Leading(Grid):
+    """Labels ``i * (T // steps) + offset``: the spacing of DDIM's code. It does not start at t = 1 (trap S4), so the
+    first noise is drawn at the deviation of the level where it does start."""
+
+    total: int = 1000
+    offset: int = 0
+
+    def nodes(self, schedule: Schedule, steps: int) -> Tensor:
+        total = _table_steps(schedule, steps, self.total)
+        labels = torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (total // steps) + self.offset
+        return ((labels + 1) / total).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class Linspace(Grid):
+    """Labels evenly spaced from T - 1 to 0, rounded to whole steps."""
+
+    total: int = 1000
+
+    def nodes(self, schedule: Schedule, steps: int) -> Tensor:
+        total = _table_steps(schedule, steps, self.total)
+        return (torch.round((1 - _unit(steps)) * (total - 1)) + 1) / total
+
+
+@dataclass(frozen=True)
+class Times(Grid):
+    """An explicit list of decreasing times in (0, 1] (say, one published for a model)."""
+
+    values: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+
+    def nodes(self, schedule: Schedule, steps: int) -> Tensor:
+        if steps != len(self.values):
+            raise UndiffuseError(f"this grid lists {len(self.values)} times, but {steps} steps are asked for")
+        return torch.tensor(self.values, dtype=torch.float64)
+
+
+GRIDS: dict[str, Grid] = {
+    "uniform": Uniform(),
+    "log_snr": LogSNR(),
+    "karras": Karras(),
+    "trailing": Trailing(),
+    "leading": Leading(),
+    "linspace": Linspace(),
+}
+"""Every grid by name."""

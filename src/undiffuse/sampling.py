@@ -1,0 +1,99 @@
+"""Chapter 8, third part. Sampling: the one loop.
+
+    x at t = 1  --step-->  ...  --step-->  x at t = 0
+
+Everything that samples, from a preview in training to the server, runs :func:`trajectory`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoise
+from .grids import Grid, Uniform
+from .levels import Estimate, Level
+from .noise import Streams
+from .schedules import Schedule
+from .solvers import Noise, Solver, Step
+
+
+def start(level: Level, noise: Tensor) -> Tensor:
+    """The sample to start from at ``level``: unit noise scaled to the deviation that data of unit variance has there,
+    ``sqrt(alpha^2 + sigma^2)`` (trap S4)."""
+    return noise * float(torch.hypot(level.alpha, level.sigma))
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One moment of a trajectory.
+
+    Attributes:
+        x: the sample at ``level``, ``[B, ...]``.
+        level: where it is.
+        index: 0 for the start, then the number of steps taken.
+        estimate: what the denoiser said first in the step that led here; None at the start.
+        calls: denoiser calls so far (trap S21).
+    """
+
+    x: Tensor
+    level: Level
+    index: int
+    estimate: Estimate | None
+    calls: int
+
+
+def answer(step: Step, denoise: Denoise) -> tuple[Tensor, Any, list[Estimate]]:
+    """Run one step to its end: ``(x, memory, the estimates it asked for)``."""
+    estimates: list[Estimate] = []
+    try:
+        question = next(step)
+        while True:
+            estimates.append(denoise(*question))
+            question = step.send(estimates[-1])
+    except StopIteration as stop:
+        x, memory = stop.value
+        return x, memory, estimates
+
+
+def trajectory(denoise: Denoise, x: Tensor, levels: Sequence[Level], solver: Solver, noise: Noise) -> Iterator[Frame]:
+    """The frames from ``x`` at ``levels[0]`` to the sample at ``levels[-1]``: ``len(levels)`` of them, the start
+    included.
+
+    Stop iterating to cancel. No gradients are recorded.
+    """
+    memory, calls = None, 0
+    yield Frame(x, levels[0], 0, None, 0)
+    for index, (here, there) in enumerate(pairwise(levels), start=1):
+        with torch.no_grad():
+            x, memory, estimates = answer(solver.step(x, here, there, memory, noise), denoise)
+        calls += len(estimates)
+        yield Frame(x, there, index, estimates[0] if estimates else None, calls)
+
+
+def sample(
+    denoise: Denoise,
+    schedule: Schedule,
+    shape: Sequence[int],
+    samples: int | Sequence[int],
+    *,
+    steps: int,
+    solver: Solver,
+    grid: Grid = Uniform(),
+    seed: int = 0,
+    like: Tensor | None = None,
+) -> Tensor:
+    """``[B, *shape]`` samples: noise at the first level of the grid, then the trajectory to its end.
+
+    ``samples`` is how many, or their numbers; sample i is a function of ``(seed, i)``.
+    """
+    noise = Streams(seed, samples)
+    levels = grid.levels(schedule, steps)
+    x = start(levels[0], noise.draw(shape, like))
+    return deque(trajectory(denoise, x, levels, solver, noise), maxlen=1).pop().x

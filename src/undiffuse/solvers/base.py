@@ -1,0 +1,47 @@
+"""What a solver is: it *asks*, it is not given the model.
+
+``step(x, here, there, memory, noise)`` is a generator. It yields ``(x, level)`` wherever it wants an estimate, is
+sent an :class:`Estimate` back, and returns ``(x at there, memory)``. Because a step only asks, the same step serves
+one sample on a laptop and many requests at once in the server, and a step tested alone is the step that runs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from ..levels import Estimate, Level
+
+Step = Generator[tuple[Tensor, Level], Estimate, tuple[Tensor, Any]]
+"""Yields ``(x, level)``, is sent an estimate, returns ``(x, memory)``."""
+
+
+class Noise(Protocol):
+    """``noise(x, here, there)``: standard normal numbers shaped like x for the way from ``here`` to ``there``, one
+    stream a sample."""
+
+    def __call__(self, x: Tensor, here: Level, there: Level) -> Tensor: ...
+
+
+class Solver(ABC):
+    """Abstract: subclasses are frozen dataclasses with a ``step``.
+
+    Attributes:
+        order: how the error falls with the step size h on smooth problems, error ~ h^order; measured by the tests.
+        stochastic: whether it draws noise.
+        calls: estimates asked for in one step (the last step may ask for fewer).
+    """
+
+    order: ClassVar[int] = 1
+    stochastic: ClassVar[bool] = False
+    calls: ClassVar[int] = 1
+
+    @abstractmethod
+    def step(self, x: Tensor, here: Level, there: Level, memory: Any, noise: Noise) -> Step:
+        """One step from ``here`` to ``there``; ``memory`` is what the previous step returned, None at the start.
+
+        Levels may be ``[]`` or ``[B]``. A step to sigma = 0 returns the denoised estimate exactly (traps S12, S13).
+        """
