@@ -1,0 +1,170 @@
+"""What every source of data becomes: a :class:`Dataset`.
+
+A data set is an ordered list of items with one :class:`DataSpec`. It has no cursor, no shuffling and no randomness: the
+caller says which items, and gets them in model units. That makes a training run resumable by the step number alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+import torch
+
+from ..errors import UndiffuseError
+from .spec import DataSpec
+
+
+class Dataset(ABC):
+    """``N`` items with a spec.
+
+    ``name``   what the user asked for
+    ``labels``   int64 ``[N]``, indices into ``spec.classes``, or ``None``
+    ``fingerprint``   changes when the items, their order or their preprocessing change
+    ``skipped``   ``(file, reason)`` for each file that could not be used
+    """
+
+    spec: DataSpec
+    name: str
+    labels: np.ndarray | None
+    fingerprint: str
+
+    @property
+    def skipped(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Items in original units ``[B, *original_shape]`` and their labels int64 ``[B]`` (``None`` if unlabelled)."""
+
+    def values(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Items in original units: ``[B, *spec.original_shape]`` of ``spec.dtype``."""
+        return self.read(indices)[0]
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Items in model units, float32 ``[B, *spec.shape]``, and the condition: ``classes`` int64 ``[B]``, or nothing."""
+        values, labels = self.read(indices)
+        cond = {} if labels is None else {"classes": torch.from_numpy(labels)}
+        return self.spec.to_model(values), cond
+
+    def describe(self) -> str:
+        """One line: ``1,797 images 8x8x1 uint8 [0, 16], 10 classes``."""
+        spec, count = self.spec, len(self)
+        noun = {"image": "image", "points": "point", "array": "array"}[spec.kind] + ("" if count == 1 else "s")
+        if spec.kind == "points":
+            size = f"{spec.shape[0]}-D"
+        elif spec.kind == "image":
+            size = "x".join(map(str, (*spec.shape[1:], spec.shape[0])))
+        else:
+            size = "x".join(map(str, spec.shape))
+        span = f" [{spec.low:g}, {spec.high:g}]" if spec.bounded else ""
+        classes = f", {len(spec.classes)} classes" if spec.classes else ""
+        skipped = f", {len(self.skipped)} files skipped" if self.skipped else ""
+        return f"{count:,} {noun} {size} {spec.dtype}{span}{classes}{skipped}"
+
+    def split(self, held_out: float, seed: int) -> tuple[Dataset, Dataset]:
+        """``(train, held out)``: disjoint, deterministic, and with the same share of every class.
+
+        ``held_out`` is the share, in (0, 1), that goes to the second part; each class keeps an item in the first.
+        """
+        if not 0 < held_out < 1:
+            raise UndiffuseError(f"held_out={held_out} must be between 0 and 1, both excluded")
+        if len(self) < 2:
+            raise UndiffuseError(f"{self.name}: one item cannot be split into two parts")
+        groups = np.zeros(len(self), np.int64) if self.labels is None else self.labels
+        names, sizes = np.unique(groups, return_counts=True)
+        share = sizes * held_out
+        counts = np.minimum(np.floor(share).astype(np.int64), sizes - 1)
+        # hand out what rounding down has left, largest remainder first, until the total is right
+        target = min(max(round(len(self) * held_out), 1), int((sizes - 1).sum()))
+        for group in np.argsort(-(share - np.floor(share)), kind="stable"):
+            if counts.sum() < target and counts[group] < sizes[group] - 1:
+                counts[group] += 1
+        taken = np.zeros(len(self), bool)
+        for name, count in zip(names, counts, strict=True):
+            members = np.flatnonzero(groups == name)
+            order = np.random.Generator(np.random.PCG64([seed, int(name)])).permutation(len(members))
+            taken[members[order[:count]]] = True
+        if not taken.any():
+            raise UndiffuseError(f"{self.name}: every class has one item, none can be held out")
+        return Subset(self, np.flatnonzero(~taken)), Subset(self, np.flatnonzero(taken))
+
+
+def positions(indices: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
+    """``indices`` as int64, checked: negative ones would silently count from the end."""
+    result = np.asarray(indices)
+    if result.ndim != 1 or (result.size and result.dtype.kind not in "ui"):
+        raise TypeError(f"indices must be a list of whole numbers, got {result.dtype} of shape {result.shape}")
+    if result.size and (result.min() < 0 or result.max() >= length):
+        raise IndexError(f"index {result.max() if result.max() >= length else result.min()} of {length} items")
+    return result.astype(np.int64)
+
+
+def digest(*parts: bytes | str) -> str:
+    """A fingerprint of ``parts``; their borders count."""
+    result = blake2b(digest_size=16)
+    for part in parts:
+        data = part if isinstance(part, bytes) else part.encode("utf-8", "surrogateescape")
+        result.update(len(data).to_bytes(8, "little"))
+        result.update(data)
+    return result.hexdigest()
+
+
+class ArrayDataset(Dataset):
+    """Items in one array ``[N, *spec.original_shape]``, in memory or mapped from a file."""
+
+    def __init__(
+        self, spec: DataSpec, values: np.ndarray, labels: np.ndarray | None, *, name: str, content: str = ""
+    ) -> None:
+        """``content``: the fingerprint of ``values`` and ``labels`` if it is known already."""
+        if values.shape[1:] != spec.original_shape:
+            raise UndiffuseError(f"{name}: items of shape {values.shape[1:]}, spec says {spec.original_shape}")
+        self.spec, self.name = spec, name
+        self.labels = None if labels is None else check_labels(labels, len(values), spec.classes, name)
+        self._values = values
+        content = content or digest(np.ascontiguousarray(values).tobytes(), b"" if labels is None else labels.tobytes())
+        self.fingerprint = digest(content, repr(spec))
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        where = positions(indices, len(self))
+        values = np.asarray(self._values[where], dtype=np.dtype(self.spec.dtype))  # a copy in native byte order
+        return values, None if self.labels is None else self.labels[where]
+
+
+class Subset(Dataset):
+    """Some items of another data set, in the given order."""
+
+    def __init__(self, whole: Dataset, indices: Sequence[int] | np.ndarray) -> None:
+        self._whole, self._indices = whole, positions(indices, len(whole))
+        self.spec, self.name = whole.spec, whole.name
+        self.labels = None if whole.labels is None else whole.labels[self._indices]
+        self.fingerprint = digest(whole.fingerprint, self._indices.tobytes())
+
+    @property
+    def skipped(self) -> tuple[tuple[str, str], ...]:
+        return self._whole.skipped
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        return self._whole.read(self._indices[positions(indices, len(self))])
+
+
+def check_labels(labels: np.ndarray, count: int, classes: tuple[str, ...], name: str) -> np.ndarray:
+    """``labels`` as int64 ``[count]``, each an index into ``classes``."""
+    if labels.shape != (count,) or labels.dtype.kind not in "ui":
+        raise UndiffuseError(
+            f"{name}: labels must be {count} whole numbers, got {labels.dtype} of shape {labels.shape}"
+        )
+    if count and (labels.min() < 0 or labels.max() >= len(classes)):
+        raise UndiffuseError(f"{name}: labels span {labels.min()}..{labels.max()}, there are {len(classes)} classes")
+    return labels.astype(np.int64)

@@ -1,0 +1,104 @@
+"""One string opens any data: the name of a set, a folder of images, or an array file."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+
+from ..errors import UndiffuseError, UndiffuseWarning
+from . import named
+from .arrays import open_array, resized
+from .base import ArrayDataset, Dataset
+from .folder import ImageFolder, printable
+from .images import MIN_SIDE, Channels, Size
+
+__all__ = ["DATASETS", "Dataset", "open_dataset"]
+
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "digits": named.digits,
+    "mnist": named.mnist,
+    "mnist-test": named.mnist_test,
+    "moons": named.moons,
+    "swissroll": named.swissroll,
+    "checkerboard": named.checkerboard,
+}
+"""Every factory takes ``seed`` and ``data_root``."""
+
+
+def open_dataset(
+    data: str | os.PathLike[str],
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    channels: Channels = None,
+    data_root: str | Path | None = None,
+    strict: bool = False,
+    seed: int = 0,
+) -> Dataset:
+    """The data set that ``data`` names: one of :data:`DATASETS`, a folder of images, or an ``.npy`` or ``.npz`` file.
+
+    ``image_size``   brings images to this size, a side or (height, width): cropped in the middle, resized with Lanczos
+    ``channels``   images of a folder: 1, 3 or 4 (alpha), or "keep" (the default: grey if all are grey, else RGB).
+        Arrays: how many channels there are, if their shape does not tell
+    ``data_root``   where files of named sets are looked for, before ``$UNDIFFUSE_DATA``
+    ``strict``   refuse a folder at its first bad file instead of skipping it
+    ``seed``   of the sets that are drawn (``moons``, ``swissroll``, ``checkerboard``)
+    """
+    data = os.fspath(data)
+    size = _size(image_size)
+    if channels is not None and channels != "keep" and (isinstance(channels, bool) or not isinstance(channels, int)):
+        raise UndiffuseError(f"channels={channels!r} must be a number of channels, or 'keep'")
+    if data in DATASETS:
+        if Path(data).exists():
+            message = f"{data!r} is the data set of that name; write ./{data} for the file or folder"
+            warnings.warn(message, UndiffuseWarning, stacklevel=2)
+        return _named(DATASETS[data](seed=seed, data_root=data_root), size, channels)
+    path = Path(data).expanduser()
+    if not data or not path.exists():
+        raise _missing(data, path)
+    if path.is_dir():
+        return ImageFolder(path, image_size=size, channels=channels, strict=strict)
+    if path.suffix.lower() in (".npy", ".npz") and path.is_file():
+        return open_array(path, image_size=size, channels=channels)
+    what = f"{path.suffix.lower()} files are" if path.suffix else "such a file is"
+    raise UndiffuseError(f"{printable(data)}: {what} not supported; {_choices()}")
+
+
+def _named(dataset: Dataset, size: Size, channels: Channels) -> Dataset:
+    if isinstance(channels, int) and channels != dataset.spec.channels:
+        raise UndiffuseError(f"{dataset.name}: has {dataset.spec.channels} channels, channels={channels} was asked for")
+    if size is None:
+        return dataset
+    if not isinstance(dataset, ArrayDataset):
+        raise TypeError(f"{dataset.name}: a named data set must be an ArrayDataset to be resized")
+    return resized(dataset, size)
+
+
+def _size(image_size: int | tuple[int, int] | None) -> Size:
+    if image_size is None:
+        return None
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    if len(sides) != 2 or not whole or min(sides) < MIN_SIDE or max(sides) > 8192:
+        raise UndiffuseError(f"image_size={image_size!r} must be one side or (height, width), each {MIN_SIDE} to 8192")
+    return sides[0], sides[1]
+
+
+def _missing(data: str, path: Path) -> UndiffuseError:
+    names = dict.fromkeys(DATASETS) if os.sep not in data else {}
+    try:
+        beside = [each.name for each in path.parent.iterdir() if not each.name.startswith(".")]
+    except OSError:
+        beside = []
+    near = get_close_matches(path.name, [*names, *beside], n=1) if data else []
+    hint = ""
+    if near:
+        suggestion = near[0] if near[0] in names else str(path.parent / near[0])
+        hint = f" did you mean {printable(suggestion)!r}?"
+    return UndiffuseError(f"no data at {printable(data)!r}:{hint} {_choices()}")
+
+
+def _choices() -> str:
+    return f"DATA is a folder of images, an .npy or .npz file, or one of {', '.join(DATASETS)}"
