@@ -254,11 +254,11 @@ def _replace(hint: Any, value: Any, names: list[str], text: str, registries: Reg
 
 def _from_text(hint: Any, text: str, registries: Registries, place: _Place) -> Any:
     """The value of a field from the command line: JSON where the text looks like it, else the field's own reading."""
-    if text.lstrip()[:1] in ("{", "["):
+    members = [member for member in _members(hint) if member is not type(None)]
+    if text.lstrip()[:1] in ("{", "[") and members != [str]:
         return _decode(hint, _parse(text, f"{place.source}: {place.path}"), registries, place, _json_leaf)
-    if any(typing.get_origin(member) in (tuple, list) for member in _members(hint)):
-        if text.strip().lower() == "none" and type(None) in _members(hint):
-            return None
+    empty = text.strip().lower() == "none" and type(None) in _members(hint)
+    if all(typing.get_origin(member) in (tuple, list) for member in members) and not empty:
         parts = [part.strip() for part in text.split(",")] if text.strip() else []
         return _decode(hint, parts, registries, place, _text_leaf)
     return _decode(hint, text, registries, place, _text_leaf)
@@ -271,10 +271,9 @@ def _json_leaf(hint: Any, data: Any, place: _Place) -> Any:
         # 1 == True in Python, so the type is compared too.
         if any(data == value and type(data) is type(value) for value in typing.get_args(hint)):
             return data
-    elif hint is float and isinstance(data, (int, float)) and not isinstance(data, bool):
-        number = _finite(float(data), place) if abs(data) < 1e300 or isinstance(data, float) else None
-        if number is not None:
-            return number
+    elif hint is float and type(data) in (int, float):
+        with contextlib.suppress(OverflowError):  # a whole number of hundreds of digits
+            return _finite(float(data), place)
     elif hint is Path and isinstance(data, str):
         return Path(data)
     elif hint in (bool, int, str, type(None)) and type(data) is hint:
@@ -287,13 +286,13 @@ def _text_leaf(hint: Any, text: str, place: _Place) -> Any:
     words = {"true": True, "false": False} if hint is bool else {"none": None} if hint is type(None) else {}
     if text.lower() in words:
         return words[text.lower()]
-    with contextlib.suppress(ValueError):
-        if hint is int:
-            return int(text)
-        if hint is float:
-            return _finite(float(text), place)
-        if hint is Any or hint is object:
-            return _free(text)
+    if hint is int or hint is float:
+        with contextlib.suppress(ValueError):
+            number = hint(text)
+            if math.isfinite(number):
+                return number
+    if hint is Any or hint is object:
+        return _free(text)
     if typing.get_origin(hint) is Literal:
         found = [value for value in typing.get_args(hint) if str(value).lower() == text.lower()]
         if found:

@@ -35,7 +35,7 @@ VERBS = {
 
 EXAMPLES = """
   undiffuse ls                       the runs in ./runs
-  undiffuse show runs/demo           what was trained, how far, where its files are
+  undiffuse show runs/demo           what was trained, how far, and where
 """
 
 OK, MISTAKE, INTERRUPTED, CLOSED = 0, 2, 130, 141  # exit codes; the last two are 128 + the signal's number
@@ -115,11 +115,19 @@ def _parse(verb: str, module: Any, options: list[str]) -> Callable[[], Any]:
             raise _unknown("option", option, known, f"undiffuse {verb} --help")
     lines = [line.strip("│ ") for line in complaint.splitlines()[1:]]
     lines = [line for line in lines if line.strip("-─╭╮╰╯ ")]
-    end = next((i for i, line in enumerate(lines) if "helptext" in line), len(lines))
-    message = " ".join(lines[:end])
-    for theirs, ours in (("Unrecognized options:", "unexpected"), (f"Missing from undiffuse {verb}:", "missing:")):
-        message = message.replace(theirs, ours)
+    lines = lines[: next((i for i, line in enumerate(lines) if "helptext" in line), len(lines))]
+    message = f"missing {lines[1]}" if lines[0].startswith("Missing from") else " ".join(lines)
+    for theirs, ours in _PLAINER.items():
+        message = re.sub(theirs, ours, message)
     raise UndiffuseError(f"{message.rstrip('.')} (see undiffuse {verb} --help)")
+
+
+_PLAINER = {
+    r"Error parsing (\S+): invalid literal for int\(\) with base 10: ": r"\1 needs a whole number, not ",
+    r"Error parsing (\S+): could not convert string to float: ": r"\1 needs a number, not ",
+    r"Error parsing (\S+): no type matching (\S+) could be instantiated from \[(.*?)\].*": r"\1 needs \2, not \3",
+    r"^Unrecognized options:": "unexpected",
+}
 
 
 def _tyro(verb: str, module: Any, options: list[str]) -> tuple[int, Any, str, str]:

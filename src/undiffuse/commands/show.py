@@ -15,7 +15,7 @@ from ..errors import UndiffuseError
 from .ls import Run, is_run, metrics_tail, read_run, short_bytes, short_count, short_time
 
 EXAMPLES = """
-undiffuse show runs/demo           what was trained, how far, where its files are
+undiffuse show runs/demo           what was trained, how far, and where
 undiffuse show demo                the same: a name is looked up in ./runs
 undiffuse show runs/demo/model     a saved model alone
 undiffuse show demo --json         everything, for a program
