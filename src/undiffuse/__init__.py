@@ -20,6 +20,114 @@ if TYPE_CHECKING:
     from .errors import UndiffuseError as UndiffuseError
     from .errors import UndiffuseWarning as UndiffuseWarning
 
+    # chapter 1
+    from .levels import Estimate as Estimate
+    from .levels import Level as Level
+    from .levels import combine as combine
+
+    # chapter 2
+    from .schedules import SCHEDULES as SCHEDULES
+    from .schedules import BetaTable as BetaTable
+    from .schedules import Cosine as Cosine
+    from .schedules import CosineBetas as CosineBetas
+    from .schedules import EDM as EDM
+    from .schedules import Flow as Flow
+    from .schedules import LinearBetas as LinearBetas
+    from .schedules import ScaledLinearBetas as ScaledLinearBetas
+    from .schedules import Schedule as Schedule
+    from .schedules import Shifted as Shifted
+    from .schedules import Sigmoid as Sigmoid
+    from .schedules import SubVP as SubVP
+    from .schedules import VE as VE
+    from .schedules import VP as VP
+    from .schedules import ZeroTerminalSNR as ZeroTerminalSNR
+
+    # chapter 3
+    from .predictions import PREDICTIONS as PREDICTIONS
+    from .predictions import EDMOutput as EDMOutput
+    from .predictions import Eps as Eps
+    from .predictions import FlowVelocity as FlowVelocity
+    from .predictions import Prediction as Prediction
+    from .predictions import Score as Score
+    from .predictions import V as V
+    from .predictions import X0 as X0
+
+    # chapter 4
+    from .denoiser import INPUT_SCALES as INPUT_SCALES
+    from .denoiser import LABELS as LABELS
+    from .denoiser import Denoise as Denoise
+    from .denoiser import Denoiser as Denoiser
+    from .denoiser import LogSigmaLabel as LogSigmaLabel
+    from .denoiser import NoScale as NoScale
+    from .denoiser import TimeLabel as TimeLabel
+    from .denoiser import UnitVariance as UnitVariance
+    from .denoiser import rescheduled as rescheduled
+
+    # chapter 5
+    from .conditions import CONDITIONS as CONDITIONS
+    from .conditions import Classes as Classes
+    from .conditions import Condition as Condition
+    from .conditions import Conditions as Conditions
+    from .conditions import Vector as Vector
+
+    # chapter 6
+    from .guidance import autoguidance as autoguidance
+    from .guidance import cfg as cfg
+    from .guidance import classifier_guidance as classifier_guidance
+    from .guidance import interval as interval
+    from .guidance import rescale as rescale
+    from .guidance import threshold as threshold
+
+    # chapter 7
+    from .solvers import DDIM as DDIM
+    from .solvers import SOLVERS as SOLVERS
+    from .solvers import Churn as Churn
+    from .solvers import DDPMLarge as DDPMLarge
+    from .solvers import DDPMLearned as DDPMLearned
+    from .solvers import DPMpp2M as DPMpp2M
+    from .solvers import Euler as Euler
+    from .solvers import Heun as Heun
+    from .solvers import Solver as Solver
+
+    # chapter 8 (its function `sample` stays undiffuse.sampling.sample: undiffuse.sample is the verb)
+    from .grids import GRIDS as GRIDS
+    from .grids import Grid as Grid
+    from .grids import Karras as Karras
+    from .grids import Leading as Leading
+    from .grids import Linspace as Linspace
+    from .grids import LogSNR as LogSNR
+    from .grids import Trailing as Trailing
+    from .grids import Uniform as Uniform
+    from .noise import Streams as Streams
+    from .noise import slerp as slerp
+    from .sampling import Frame as Frame
+    from .sampling import trajectory as trajectory
+
+    # chapter 9
+    from .objectives import TIMES as TIMES
+    from .objectives import WEIGHTS as WEIGHTS
+    from .objectives import EDMWeight as EDMWeight
+    from .objectives import LogitNormalTimes as LogitNormalTimes
+    from .objectives import LogNormalTimes as LogNormalTimes
+    from .objectives import MinSNR as MinSNR
+    from .objectives import Stratified as Stratified
+    from .objectives import UniformTimes as UniformTimes
+    from .objectives import Unit as Unit
+    from .objectives import loss as loss
+    from .objectives import offset_noise as offset_noise
+
+    # networks
+    from .networks import NETWORKS as NETWORKS
+    from .networks import MLP as MLP
+    from .networks import UNet as UNet
+
+    # data
+    from .data import DATASETS as DATASETS
+    from .data import DataSpec as DataSpec
+    from .data import Dataset as Dataset
+    from .data import from_array as from_array
+    from .data import open_dataset as open_dataset
+
     # the verbs of the command line
     from .commands.ls import ls as ls
     from .commands.show import show as show
