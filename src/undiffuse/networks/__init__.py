@@ -1,0 +1,155 @@
+"""Networks: what is trained.
+
+Each is called ``network(x, label, vector)``: the noisy data ``[B, C, *spatial]``, its noise level as a number ``[B]``,
+and the embedded condition ``[B, E]`` or None. It answers with ``[B, out_channels, *spatial]`` and knows nothing of
+schedules or of what its answer means. ``NETWORKS[name](**network.config)`` builds the same architecture again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from undiffuse.errors import UndiffuseError, choose, unknown
+from undiffuse.networks.mlp import MLP
+from undiffuse.networks.unet import UNet
+
+__all__ = ["MLP", "NETWORKS", "SIZES", "Cost", "Size", "UNet", "build", "describe", "sized"]
+
+NETWORKS: dict[str, type[UNet] | type[MLP]] = {"unet": UNet, "mlp": MLP}
+
+
+def build(name: str, config: Mapping[str, Any]) -> UNet | MLP:
+    """``NETWORKS[name](**config)`` with an error that suggests the nearest name for an unknown network or option.
+
+    >>> build("mlp", {"in_channels": 2, "widht": 64})
+    Traceback (most recent call last):
+    undiffuse.errors.UndiffuseError: unknown option of network mlp 'widht': did you mean 'width'? (choose from: ...)
+    """
+    network = choose("network", name, NETWORKS)
+    options = list(inspect.signature(network).parameters)
+    for option in config:
+        if option not in options:
+            raise unknown(f"option of network {name}", option, options)
+    if "in_channels" not in config:
+        raise UndiffuseError(f"the configuration of network {name} lacks in_channels")
+    return network(**config)
+
+
+@dataclass(frozen=True)
+class Size:
+    """One position of the size dial.
+
+    The levels of a U-Net get ``widths`` channels and ``blocks`` residual blocks, the last entry serving for all further
+    levels; the data is folded until no more than ``positions`` pixels are left at the first level. An MLP gets
+    ``mlp_blocks`` layers of ``mlp_width``.
+    """
+
+    widths: tuple[int, ...]
+    blocks: tuple[int, ...]
+    embedding: int
+    positions: int
+    mlp_width: int
+    mlp_blocks: int
+
+
+SIZES: dict[str, Size] = {
+    "tiny": Size((16, 16), (1,), 64, 64, 32, 2),
+    "small": Size((64, 128), (3, 1), 128, 256, 128, 4),
+    "base": Size((128, 192, 256), (2,), 512, 1024, 256, 6),
+    "large": Size((192, 384, 576), (3,), 768, 4096, 512, 8),
+}
+
+FOLDED_PER_WIDTH = 4  # with more channels folded, the first and last convolution would outweigh all the others
+LOWEST_POSITIONS = 64  # a U-Net halves until no more are left: few enough for attention to be cheap
+
+
+def repeated(values: tuple[int, ...], length: int) -> list[int]:
+    """``values`` cut, or continued by its last entry, to ``length``."""
+    return [values[min(i, len(values) - 1)] for i in range(length)]
+
+
+def sized(
+    shape: Sequence[int], size: str = "small", condition_width: int = 0, out_channels: int | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The network for data of one shape, as ``(name, config)``: the one size dial.
+
+    Args:
+        shape: of one sample, without the batch: ``[D]`` is a point (MLP), ``[C, *spatial]`` with 1 to 3 spatial
+            dimensions is a U-Net.
+        size: ``tiny`` (tests), ``small`` (laptop), ``base`` or ``large``.
+        condition_width: width of the condition vector, 0 for an unconditional network.
+        out_channels: channels of the output, those of the data unless given.
+
+    Raises:
+        UndiffuseError: an unknown size, or a shape that no network takes.
+    """
+    dial = choose("model size", size, SIZES)
+    if not 1 <= len(shape) <= 4 or any(n < 1 for n in shape):
+        raise UndiffuseError(f"no network takes data of shape {list(shape)}: give [D] or [C, 1 to 3 spatial sizes]")
+    channels, *spatial = shape
+    common: dict[str, Any] = {
+        "in_channels": channels,
+        "out_channels": channels if out_channels is None else out_channels,
+        "embedding": dial.embedding,
+        "condition_width": condition_width,
+        "dropout": 0.0,
+    }
+    if not spatial:
+        return "mlp", {**common, "width": dial.mlp_width, "blocks": dial.mlp_blocks, "octaves": 4}
+    rank = len(spatial)
+    fold = 1
+    while (
+        math.prod(math.ceil(n / fold) for n in spatial) > dial.positions
+        and channels * (2 * fold) ** rank <= FOLDED_PER_WIDTH * dial.widths[0]
+    ):
+        fold *= 2
+
+    def positions(level: int) -> int:
+        return math.prod(math.ceil(n / (fold * 2**level)) for n in spatial)
+
+    # As many levels as the dial names if the data is large enough for them, more if it is larger still.
+    levels = 1
+    while (levels < len(dial.widths) and positions(levels - 1) > 1) or positions(levels - 1) > LOWEST_POSITIONS:
+        levels += 1
+    return "unet", {
+        **common,
+        "rank": rank,
+        "widths": repeated(dial.widths, levels),
+        "blocks": repeated(dial.blocks, levels),
+        "attention": [levels - 1],
+        "head_width": 64,
+        "fold": fold,
+    }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a network: ``parameters``, and ``flops`` of one forward pass of one sample (a multiply-add is 2)."""
+
+    parameters: int
+    flops: int
+
+    def __str__(self) -> str:
+        return f"{self.parameters / 1e6:.2f} M parameters, {self.flops / 1e9:.3f} GFLOP per forward pass"
+
+
+def describe(network: UNet | MLP, shape: Sequence[int]) -> Cost:
+    """Parameters and FLOPs of ``network`` for one sample of ``shape``; nothing is computed and no weight is touched.
+
+    FLOPs are those of matrix products, convolutions and attention; norms and activations are not counted.
+    """
+    with torch.device("meta"):
+        # A copy of shapes only; counting on meta tensors costs no arithmetic.
+        twin = type(network)(**network.config)  # pyrefly: ignore
+        label = torch.zeros(1)
+        vector = torch.zeros(1, twin.condition_width) if twin.condition_width else None
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            twin(torch.zeros(1, *shape), label, vector)
+    return Cost(sum(p.numel() for p in network.parameters()), counter.get_total_flops())
