@@ -64,6 +64,18 @@ def interval(scale: float, low: float, high: float) -> Callable[[Level], Tensor]
     return at
 
 
+def remember(denoise: Denoise) -> Denoise:
+    """The same denoiser, keeping its last answer: guidance that asks it twice at one place costs one call."""
+    last: list[tuple[Tensor, Level, Estimate]] = []
+
+    def remembered(x: Tensor, level: Level) -> Estimate:
+        if not (last and last[0][0] is x and last[0][1] is level):
+            last[:] = [(x, level, denoise(x, level))]
+        return last[0][2]
+
+    return remembered
+
+
 def rescale(guided: Denoise, cond: Denoise, phi: float = 0.7) -> Denoise:
     """Bring the deviation of the guided x0 back to the conditional one (Lin et al. 2023, arXiv:2305.08891, eq. 15-16).
 

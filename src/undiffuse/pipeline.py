@@ -1,0 +1,322 @@
+"""Pipeline: everything between a condition and data in its original units, saved as one self-describing folder.
+
+    folder/
+      model.safetensors   the weights; what they mean (network, schedule, prediction, label, units) in their metadata
+      pipeline.json       the same for people, and the default sampling settings
+
+Loading refuses to guess: what is missing, or stated differently in the two files, is an error. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .conditions import Conditions
+from .config import from_json, load_json, to_json, write_json_atomic
+from .data.spec import DataSpec
+from .denoiser import INPUT_SCALES, LABELS, Denoise, Denoiser, InputScale, Label
+from .errors import UndiffuseError, unknown
+from .grids import GRIDS, Grid, Uniform
+from .guidance import cfg, interval, remember, rescale, threshold
+from .networks import build
+from .noise import Streams
+from .objectives import TIMES, WEIGHTS, Times, Weight
+from .predictions import PREDICTIONS, Prediction
+from .sampling import Frame, start, trajectory
+from .schedules import SCHEDULES, Schedule
+from .solvers import SOLVERS, DPMpp2M, Solver
+from .weights import check_fits, load_into, read_header, read_weights, shapes, write_weights
+
+REGISTRIES: dict[type, Mapping[str, Any]] = {
+    Schedule: SCHEDULES,
+    Prediction: PREDICTIONS,
+    Label: LABELS,
+    InputScale: INPUT_SCALES,
+    Solver: SOLVERS,
+    Grid: GRIDS,
+    Times: TIMES,
+    Weight: WEIGHTS,
+}
+"""How files and the command line name the parts: ``{"kind": "cosine", ...}`` for a Schedule, and so on."""
+
+FORMAT = 1
+BATCH = 64
+"""Samples computed together unless asked otherwise; fixed, so that a preview and ``sample`` do the same arithmetic."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All that rebuilds a denoiser, without its weights."""
+
+    network: str
+    network_config: dict[str, Any]
+    schedule: Schedule
+    prediction: Prediction
+    label: Label
+    input_scale: InputScale
+    conditions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    learned_variance: bool = False
+
+    def build(self) -> Denoiser:
+        """A denoiser with fresh weights (drawn from torch's global generator, as every module's are)."""
+        network = build(self.network, self.network_config)
+        width = int(self.network_config.get("condition_width", 0))
+        conditions = Conditions.build(self.conditions, width) if self.conditions else None
+        return Denoiser(
+            network, self.schedule, self.prediction, self.label, self.input_scale, conditions, self.learned_variance
+        )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: the defaults travel with the model, and each can be changed by name.
+
+    Attributes:
+        solver, grid, steps: which path, at which levels, in how many steps.
+        guidance_scale: 1 is the conditional model, 0 the unconditional one.
+        guidance_interval: guide only where ``low < sigma/alpha <= high``; None: everywhere.
+        guidance_rescale: 0 to 1 (Lin et al. 2023).
+        threshold: keep the x0 estimate inside the data's declared range: ``none``, ``static`` or ``dynamic``;
+            refused for data without a range (trap S16).
+    """
+
+    solver: Solver = field(default_factory=DPMpp2M)
+    grid: Grid = field(default_factory=Uniform)
+    steps: int = 20
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float = 0.0
+    threshold: Literal["none", "static", "dynamic"] = "none"
+
+
+@final
+class Pipeline:
+    """A denoiser, the units of its data, and how to sample from it.
+
+    Attributes:
+        denoiser: on the device where it runs.
+        config: what rebuilds it.
+        spec: shape, units and class names of the data.
+        sampling: the default settings.
+        info: where it comes from (data, images seen, EMA profile, ...); JSON, for people.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, config: ModelConfig, spec: DataSpec, sampling: Sampling, info: dict[str, Any]
+    ) -> None:
+        self.denoiser = denoiser
+        self.config = config
+        self.spec = spec
+        self.sampling = sampling
+        self.info = info
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.denoiser.parameters()).device
+
+    # --- the folder ---
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the folder, each file atomically; returns its path."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        meaning = {
+            "format": FORMAT,
+            "model": to_json(self.config, REGISTRIES),
+            "data": self.spec.to_json(),
+            "info": self.info,
+        }
+        write_weights(folder / "model.safetensors", self.denoiser.state_dict(), {"undiffuse": json.dumps(meaning)})
+        write_json_atomic(folder / "pipeline.json", {**meaning, "sampling": to_json(self.sampling, REGISTRIES)})
+        return folder
+
+    @staticmethod
+    def load(path: str | Path, device: str | torch.device = "cpu") -> Pipeline:
+        """The pipeline in a folder (or in the ``model/`` of a run folder).
+
+        Raises :class:`UndiffuseError` when a file is missing or damaged, when the two disagree, or when the weights are
+        those of another architecture; a model is loaded whole or not at all.
+        """
+        folder = find_pipeline(path)
+        weights, described = folder / "model.safetensors", folder / "pipeline.json"
+        header = read_header(weights)
+        if "undiffuse" not in header.metadata:
+            raise UndiffuseError(f"{weights}: holds weights but not what they mean (schedule, prediction, units)")
+        meaning = json.loads(header.metadata["undiffuse"])
+        stated = load_json(described)
+        if not isinstance(stated, dict) or not isinstance(meaning, dict):
+            raise UndiffuseError(f"{described}: must be a JSON object")
+        for name in ("format", "model", "data", "sampling"):
+            if name not in stated:
+                raise UndiffuseError(f"{described}: {name} is missing")
+            if name != "sampling" and stated[name] != meaning.get(name):
+                raise UndiffuseError(
+                    f"{described}: {name} is not what {weights.name} was trained with; restore the file"
+                )
+        if stated["format"] != FORMAT:
+            raise UndiffuseError(
+                f"{described}: format {stated['format']}, this version reads {FORMAT}; update undiffuse"
+            )
+        config = from_json(ModelConfig, stated["model"], str(described), REGISTRIES)
+        sampling = from_json(Sampling, stated["sampling"], str(described), REGISTRIES)
+        spec = DataSpec.from_json(stated["data"])
+        with torch.device("meta"):
+            wanted = shapes(config.build().state_dict())
+        check_fits(wanted, header.shapes, str(weights))  # before anything of the declared size is allocated
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the fresh weights are overwritten; leave no trace in the global stream
+            denoiser = config.build()
+        load_into(denoiser, read_weights(weights), str(weights))
+        denoiser.to(device).eval()
+        return Pipeline(denoiser, config, spec, sampling, dict(stated.get("info", {})))
+
+    # --- sampling ---
+
+    def denoise(self, cond: Mapping[str, Tensor], sampling: Sampling) -> Denoise:
+        """The denoiser bound to its condition, guided and thresholded as ``sampling`` says."""
+        plain = remember(self.denoiser.bind(**cond))
+        guided = plain
+        scale = sampling.guidance_scale
+        if scale != 1:
+            if not cond:
+                raise UndiffuseError(f"guidance scale {scale} asked of a model without conditions; leave it at 1")
+            bounds = sampling.guidance_interval
+            guided = cfg(plain, self.denoiser.bind(), scale if bounds is None else interval(scale, *bounds))
+            guided = rescale(guided, plain, sampling.guidance_rescale)
+        if sampling.threshold == "none":
+            return guided
+        if not self.spec.bounded:
+            raise UndiffuseError(f"threshold={sampling.threshold} needs data with a declared range; this data has none")
+        return threshold(guided, -1.0, 1.0, 0.995 if sampling.threshold == "dynamic" else None)
+
+    def conditions(self, samples: Sequence[int], classes: Sequence[int | None] | None) -> dict[str, Tensor]:
+        """The condition of each sample: sample i gets ``classes[i % len(classes)]``.
+
+        None: every class in turn; a class of None asks for nothing in particular (the null class).
+        """
+        names = self.denoiser.conditions.names if self.denoiser.conditions is not None else ()
+        if "classes" not in names:
+            if classes:
+                raise UndiffuseError("classes asked of a model without classes")
+            return self.denoiser.null(len(samples))
+        null = self.denoiser.null(1)["classes"]
+        count = int(null)
+        chosen = list(range(count)) if classes is None else list(classes)
+        if not chosen:
+            raise UndiffuseError("no class given: name one, or leave classes out for all in turn")
+        for label in chosen:
+            if label is not None and not 0 <= label < count:
+                raise UndiffuseError(f"class {label} does not exist: this model has 0 to {count - 1}")
+        wanted = [chosen[i % len(chosen)] for i in samples]
+        labels = torch.tensor([count if label is None else label for label in wanted], device=self.device)
+        return {**self.denoiser.null(len(samples)), "classes": labels}
+
+    def settings(self, **changes: Any) -> Sampling:
+        """The default settings with some changed; unknown names raise, solvers and grids may be given by name."""
+        for name, value in changes.items():
+            if name not in Sampling.__dataclass_fields__:
+                raise unknown("sampling setting", name, Sampling.__dataclass_fields__)
+            registry: Mapping[str, Any] = {"solver": SOLVERS, "grid": GRIDS}.get(name, {})
+            if isinstance(value, str) and registry:
+                if value not in registry:
+                    raise unknown(name, value, registry)
+                changes[name] = registry[value]
+        return replace(self.sampling, **changes)
+
+    def frames(
+        self,
+        samples: int | Sequence[int],
+        *,
+        seed: int = 0,
+        classes: Sequence[int | None] | None = None,
+        sampling: Sampling | None = None,
+    ) -> Iterator[Frame]:
+        """The trajectory of one batch, noise first: ``steps + 1`` frames in model units. Stop iterating to cancel."""
+        sampling = sampling or self.sampling
+        numbers = range(samples) if isinstance(samples, int) else samples
+        denoise = self.denoise(self.conditions(numbers, classes), sampling)
+        noise = Streams(seed, numbers)
+        levels = sampling.grid.levels(self.config.schedule, sampling.steps)
+        # A deterministic network computes the same whatever training does around it: dropout is off.
+        self.denoiser.eval()
+        like = torch.empty(0, device=self.device)
+        x = start(levels[0], noise.draw(self.spec.shape, like))
+        yield from trajectory(denoise, x, levels, sampling.solver, noise)
+
+    def draw(
+        self,
+        samples: int | Sequence[int],
+        *,
+        seed: int = 0,
+        classes: Sequence[int | None] | None = None,
+        sampling: Sampling | None = None,
+        batch_size: int = BATCH,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """``[N, *shape]`` samples in model units, on the CPU; sample i depends on ``(seed, i)`` and its class alone.
+
+        ``progress(done, total)`` counts steps over all batches. Raises if a sample is not finite.
+        """
+        sampling = sampling or self.sampling
+        numbers = list(range(samples)) if isinstance(samples, int) else list(samples)
+        if not numbers or batch_size < 1:
+            raise UndiffuseError(
+                f"asked for {len(numbers)} samples in batches of {batch_size}: both must be at least 1"
+            )
+        batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
+        drawn, total = [], len(batches) * sampling.steps
+        for index, batch in enumerate(batches):
+            last: deque[Frame] = deque(maxlen=1)
+            for frame in self.frames(batch, seed=seed, classes=classes, sampling=sampling):
+                last.append(frame)
+                if progress is not None:
+                    progress(index * sampling.steps + frame.index, total)
+            x = last[0].x.cpu()
+            if not bool(x.isfinite().all()):
+                raise UndiffuseError(
+                    "the samples are not finite: the model has diverged, or the guidance scale is far too large"
+                )
+            drawn.append(x)
+        return torch.cat(drawn)
+
+    def sample(
+        self,
+        n: int = 1,
+        *,
+        seed: int = 0,
+        classes: Sequence[int | None] | None = None,
+        batch_size: int = BATCH,
+        progress: Callable[[int, int], None] | None = None,
+        **settings: Any,
+    ) -> np.ndarray:
+        """``[n, *data shape]`` samples in the data's own units, dtype and layout.
+
+        ``settings`` are fields of :class:`Sampling` (``steps=10, solver="heun", guidance_scale=2``).
+        """
+        sampling = self.settings(**settings)
+        x = self.draw(n, seed=seed, classes=classes, sampling=sampling, batch_size=batch_size, progress=progress)
+        return self.spec.to_data(x)
+
+
+def find_pipeline(path: str | Path) -> Path:
+    """The pipeline folder that ``path`` means: itself, or the ``model/`` inside a run folder."""
+    path = Path(path)
+    for folder in (path, path / "model"):
+        if (folder / "pipeline.json").is_file():
+            return folder
+    if not path.exists():
+        raise UndiffuseError(f"{path}: no such model; `undiffuse ls` lists the runs")
+    if path.is_file():
+        raise UndiffuseError(f"{path}: a file; a model is a folder with model.safetensors and pipeline.json")
+    raise UndiffuseError(f"{path}: no model here (no pipeline.json): is the run still before its first checkpoint?")
