@@ -12,9 +12,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
+import tyro
 
 import undiffuse
 from undiffuse.commands import VERBS, main, plain
@@ -152,6 +153,75 @@ def verb_that(monkeypatch: pytest.MonkeyPatch, action: Callable[[], Any]) -> Non
     monkeypatch.setattr(ls_module, "report", str)
 
 
+def every_kind_of_option(
+    data: str,
+    n: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 16,
+    guidance_scale: float = 1.0,
+    out: Path | None = None,
+    steps: int | None = None,
+    strict: bool = False,
+    size: Literal["tiny", "small"] = "tiny",
+    set: tuple[str, ...] = (),
+) -> dict[str, object]:
+    """What the command line makes of each type.
+
+    Args:
+        data: Required, so it has no dashes.
+        n: Has a short name.
+        guidance_scale: A number.
+        out: A path.
+        steps: May be left open.
+        strict: A switch.
+        size: One of a few words.
+        set: May be given more than once.
+    """
+    return dict(locals())
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("digits", {}),
+        ("digits -n 4", {"n": 4}),
+        ("-n 4 digits", {"n": 4}),
+        ("digits --n=4", {"n": 4}),
+        ("digits --guidance-scale -1.5", {"guidance_scale": -1.5}),
+        ("digits --guidance-scale=-1e-3", {"guidance_scale": -1e-3}),
+        ("digits --guidance_scale 2", {"guidance_scale": 2.0}),
+        ("digits --out runs/a", {"out": "runs/a"}),
+        ("digits --steps 3", {"steps": 3}),
+        ("digits --strict", {"strict": True}),
+        ("digits --no-strict", {}),
+        ("digits --size small", {"size": "small"}),
+        ("digits --set a.b=1 --set c=-2", {"set": ["a.b=1", "c=-2"]}),
+    ],
+)
+def test_every_kind_of_option(
+    line: str, expected: dict[str, object], monkeypatch: pytest.MonkeyPatch, capsys: Screen
+) -> None:
+    monkeypatch.setattr(ls_module, "ls", every_kind_of_option)
+    assert main(["--json", "ls", *line.split()]) == 0
+    usual = {"data": "digits", "n": 16, "guidance_scale": 1.0, "out": None, "steps": None}
+    usual |= {"strict": False, "size": "tiny", "set": []}
+    assert json.loads(capsys.readouterr().out) == usual | expected
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "missing DATA (see undiffuse ls --help)"),
+        ("digits --stpes 4", "unknown option '--stpes': did you mean '--steps'?"),
+        ("digits --strickt", "unknown option '--strickt': did you mean '--strict'?"),
+        ("digits --guidance-scale high", "--guidance-scale needs a number, not 'high' (see undiffuse ls --help)"),
+        ("digits --steps none", "--steps needs INT, not 'none' (see undiffuse ls --help)"),
+        ("digits --size tyni", "invalid choice 'tyni' for argument '--size'. Expected one of ('tiny', 'small')"),
+    ],
+)
+def test_every_kind_of_mistake(line: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: Screen) -> None:
+    monkeypatch.setattr(ls_module, "ls", every_kind_of_option)
+    assert failing(capsys, "ls", *line.split()).startswith(message)
+
+
 def throw(error: BaseException) -> Callable[[], Any]:
     def action() -> Any:
         raise error
@@ -193,7 +263,8 @@ def test_a_closed_pipe_is_quiet() -> None:
     code = "import sys; from undiffuse.commands import main; sys.exit(main(['--help']))"
     read, write = os.pipe()
     os.close(read)
-    ran = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, check=False)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ran = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, env=env, check=False)
     os.close(write)
     assert (ran.returncode, ran.stderr) == (141, b"")
 

@@ -69,6 +69,7 @@ class Recipe:
     limit: int | None = None
     label: str | None = None
     scale: int | float = 1
+    rank: Literal[1, 2, 3] = 2
     folder: Path | None = None
     extra: dict[str, int | str | list[int]] = field(default_factory=dict)
     optimiser: Optimiser = Optimiser()
@@ -168,6 +169,8 @@ def test_what_json_cannot_hold_is_refused() -> None:
         ({"optimiser": {"lr": -1.0}}, r"optimiser: lr must be positive, got -1\.0"),
         ({"optimiser": {"betas": [0.9]}}, r"optimiser\.betas: must hold 2 values, not 1"),
         ({"optimiser": {"kind": "adam"}}, r"optimiser\.kind: must be 'adamw' or 'sgd'"),
+        ({"rank": True}, r"rank: must be 1 or 2 or 3, not true"),
+        ({"rank": 1.0}, r"rank: must be 1 or 2 or 3, not 1\.0"),
         ({"optimiser": 3}, r"optimiser: must be an object"),
         ({"widths": 3}, r"widths: must be a list"),
         ({"widths": [1, "2"]}, r"widths\[1\]: must be a whole number"),
@@ -221,6 +224,7 @@ def test_any_json_is_a_recipe_or_one_error(data: dict[str, Any]) -> None:
         ("label=3", Recipe(8, label="3")),
         ("label=[3", Recipe(8, label="[3")),
         ("scale=0.5", Recipe(8, scale=0.5)),
+        ("rank=3", Recipe(8, rank=3)),
         ("folder=runs/x", Recipe(8, folder=Path("runs/x"))),
         ("extra.key=3", Recipe(8, extra={"key": 3})),
         ('extra={"a": [1]}', Recipe(8, extra={"a": [1]})),

@@ -1,0 +1,7 @@
+"""``python -m undiffuse`` is ``undiffuse``."""
+
+import sys
+
+from .commands import main
+
+sys.exit(main())
