@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 import tyro
 
@@ -57,7 +58,7 @@ def make_model(folder: Path, schedule: dict[str, Any] | None = None) -> Path:
     header = json.dumps(table).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(52))
     stated = schedule or {"kind": "linear", "steps": 1000, "first_beta": 1e-4, "last_beta": 0.02}
-    (folder / "pipeline.json").write_text(json.dumps({"format": 1, "denoiser": {"schedule": stated}}))
+    (folder / "pipeline.json").write_text(json.dumps({"format": 1, "model": {"schedule": stated}}))
     return folder
 
 
@@ -420,6 +421,24 @@ def test_show_a_model_reports_its_terminal_snr(runs: Path, capsys: Screen) -> No
         assert shown.model.terminal_snr == expected
 
 
+def test_show_agrees_with_a_saved_pipeline(runs: Path) -> None:
+    from undiffuse.denoiser import INPUT_SCALES, LABELS
+    from undiffuse.pipeline import ModelConfig
+    from undiffuse.predictions import Eps
+    from undiffuse.schedules import CosineBetas
+
+    network = {"in_channels": 2, "width": 8, "blocks": 1, "embedding": 8}
+    parts = (CosineBetas(), Eps(), LABELS["discrete"], INPUT_SCALES["none"])
+    config = ModelConfig("mlp", network, *parts)
+    spec = undiffuse.from_array(np.linspace(0, 1, 20, dtype=np.float32).reshape(10, 2)).spec
+    denoiser = config.build()
+    undiffuse.Pipeline(denoiser, config, spec, undiffuse.Sampling(), {}).save(runs / "m")
+    model = undiffuse.show(runs / "m").model
+    assert model is not None
+    assert model.parameters == sum(weight.numel() for weight in denoiser.state_dict().values())
+    assert model.terminal_snr == CosineBetas().terminal_snr > 0
+
+
 def test_show_a_run_that_has_just_begun(runs: Path, capsys: Screen) -> None:
     (runs / "a").mkdir()
     (runs / "a" / "config.json").write_text("{}")
@@ -446,9 +465,9 @@ def test_broken_weights_are_one_line(runs: Path, content: bytes, capsys: Screen)
 def test_truncated_weights_are_one_line(runs: Path, capsys: Screen) -> None:
     path = make_model(runs / "m") / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    assert "bytes where its header promises" in failing(capsys, "show", "runs/m")
+    assert "m/model.safetensors: damaged" in failing(capsys, "show", "runs/m")
     path.unlink()
-    assert "no weights" in failing(capsys, "show", "runs/m")
+    assert "m/model.safetensors: no such file" in failing(capsys, "show", "runs/m")
 
 
 def test_show_what_is_not_there(runs: Path, capsys: Screen) -> None:

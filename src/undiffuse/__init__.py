@@ -128,6 +128,10 @@ if TYPE_CHECKING:
     from .data import from_array as from_array
     from .data import open_dataset as open_dataset
 
+    # pipeline
+    from .pipeline import Pipeline as Pipeline
+    from .pipeline import Sampling as Sampling
+
     # the verbs of the command line
     from .commands.ls import ls as ls
     from .commands.show import show as show

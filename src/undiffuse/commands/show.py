@@ -21,8 +21,6 @@ undiffuse show runs/demo/model     a saved model alone
 undiffuse show demo --json         everything, for a program
 """
 
-LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format itself
-
 
 @dataclass(frozen=True)
 class Model:
@@ -136,64 +134,31 @@ def read_model(folder: Path) -> Model:
     pipeline = load_json(folder / "pipeline.json")
     if not isinstance(pipeline, dict):
         raise UndiffuseError(f"{folder / 'pipeline.json'}: must be a JSON object")
+    from ..weights import read_header
+
     weights = folder / "model.safetensors"
-    tensors = _header(weights)
+    header = read_header(weights)
     return Model(
         path=folder,
-        parameters=sum(math.prod(tensor["shape"]) for tensor in tensors.values()),
-        tensors=len(tensors),
-        dtypes=tuple(sorted({str(tensor["dtype"]) for tensor in tensors.values()})),
+        parameters=header.parameters,
+        tensors=len(header.shapes),
+        dtypes=tuple(sorted(set(header.dtypes.values()))),
         size_bytes=weights.stat().st_size,
         pipeline=pipeline,
         terminal_snr=_terminal_snr(pipeline),
     )
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """The table at the start of a safetensors file: 8 bytes of length, then JSON."""
-    if not path.is_file():
-        raise UndiffuseError(f"{path}: no such file; the model has no weights")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, LARGEST_HEADER):
-            raise UndiffuseError(f"{path}: truncated or not safetensors; copy or export it again")
-        try:
-            header = json.loads(file.read(length))
-            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
-            if not all(isinstance(n, int) and n >= 0 for entry in tensors.values() for n in entry["shape"]):
-                raise ValueError("a shape is not a list of sizes")
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
-            raise UndiffuseError(f"{path}: its header is damaged; copy or export it again") from None
-    if 8 + length + end != size:
-        raise UndiffuseError(f"{path}: {size} bytes where its header promises {8 + length + end}; copy it again")
-    return tensors
-
-
 def _terminal_snr(pipeline: dict[str, Any]) -> float | None:
     """From the schedule that the pipeline states; None where it states none that we know."""
-    schedule = _find_key(pipeline, "schedule")
-    if schedule is None:
-        return None
     from ..schedules import SCHEDULES, Schedule
 
+    model = pipeline.get("model")
     try:
-        return from_json(Schedule, schedule, "schedule", {Schedule: SCHEDULES}).terminal_snr
+        stated = model.get("schedule") if isinstance(model, dict) else None
+        return from_json(Schedule, stated, "schedule", {Schedule: SCHEDULES}).terminal_snr
     except UndiffuseError:
         return None
-
-
-def _find_key(value: Any, key: str) -> Any:
-    """The outermost value under ``key``."""
-    level = [value]
-    while level:
-        tables = [item for item in level if isinstance(item, dict)]
-        for table in tables:
-            if key in table:
-                return table[key]
-        level = [child for table in tables for child in table.values()]
-    return None
 
 
 def _files(folder: Path) -> dict[str, Path]:
