@@ -77,12 +77,12 @@ def open_array(path: Path, *, image_size: Size = None, channels: Channels = None
         if path.suffix.lower() == ".npy":
             values, labels = np.load(path, mmap_mode="r", allow_pickle=False), None
         else:
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 values, labels = _entries(archive, path)
     except UndiffuseError:
         raise
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, SyntaxError) as error:
-        if "allow_pickle" in str(error):
+        if "allow_pickle" in str(error) or "Python objects" in str(error):
             raise UndiffuseError(f"{path}: holds pickled objects, which are never loaded; save plain numbers") from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UndiffuseError(f"{path}: not a readable {path.suffix} file ({reason}); save it again") from error

@@ -47,7 +47,7 @@ class Dataset(ABC):
         return self.read(indices)[0]
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Items in model units, float32 ``[B, *spec.shape]``, and the condition: ``classes`` int64 ``[B]``, or nothing."""
+        """Items in model units, float32 ``[B, *spec.shape]``; the condition, ``{"classes": int64 [B]}`` or ``{}``."""
         values, labels = self.read(indices)
         cond = {} if labels is None else {"classes": torch.from_numpy(labels)}
         return self.spec.to_model(values), cond

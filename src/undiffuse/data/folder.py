@@ -244,7 +244,7 @@ class ImageFolder(Dataset):
             f"{note}: {printable(paths[0])}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
             for note, paths in remarks.items()
         ]
-        largest, full = int(kept.max()), int(np.iinfo(pixels.dtype).max)
+        largest, full = int(kept.max()), np.iinfo(pixels.dtype).max
         if largest <= full // 2:
             notes.append(f"the brightest pixel is {largest} of {full}: save the values as .npy to use their own range")
         return kept, notes

@@ -18,7 +18,7 @@ import os
 import stat
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -96,6 +96,8 @@ def decode(path: str | os.PathLike[str] | bytes, target: Target) -> Decoded:
             upright = ImageChops.invert(upright)  # Pillow reads all as Adobe's, which are stored inverted
         if header.bits == 16 and target.bits == 16:
             pixels = _native(np.asarray(upright))
+            key = upright.info.get("transparency")
+            pixels = np.where(pixels == key, np.uint16(65535), pixels) if isinstance(key, int) else pixels
         else:
             colour, alpha, more = _straight(upright, deep)
             notes += more
@@ -146,16 +148,17 @@ def fit(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 @contextmanager
-def _regular(path: str | os.PathLike[str] | bytes) -> Iterator[BinaryIO]:
+def _regular(path: str | os.PathLike[str] | bytes) -> Generator[BinaryIO, None, None]:
     """``path`` opened if it is a regular file of acceptable size. A FIFO would block: it is never waited for."""
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise BadImage((error.strerror or "cannot be opened").lower()) from error
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise BadImage("not a regular file")
     with os.fdopen(handle, "rb") as file:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadImage("not a regular file")
         if status.st_size == 0:
             raise BadImage("the file is empty")
         if status.st_size > MAX_BYTES:
@@ -164,7 +167,7 @@ def _regular(path: str | os.PathLike[str] | bytes) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _foreign() -> Iterator[None]:
+def _foreign() -> Generator[None, None, None]:
     """Turns whatever a decoder does with a broken file into a reason. Decoders raise nearly every kind of exception."""
     try:
         yield
@@ -206,7 +209,7 @@ def _grey_palette(image: Image.Image) -> bool:
     mode, palette = image.palette.getdata()
     if mode != "RGB" or len(palette) == 0 or len(palette) % 3:
         return False
-    colours = np.frombuffer(bytes(palette), np.uint8).reshape(-1, 3)
+    colours = np.frombuffer(palette, np.uint8).reshape(-1, 3)
     return bool((colours == colours[:, :1]).all())
 
 
