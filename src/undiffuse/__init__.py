@@ -133,6 +133,7 @@ if TYPE_CHECKING:
     from .pipeline import Sampling as Sampling
 
     # the verbs of the command line
+    from .commands.sample import sample as sample
     from .commands.ls import ls as ls
     from .commands.show import show as show
 

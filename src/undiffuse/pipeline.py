@@ -13,6 +13,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -27,6 +28,7 @@ from .denoiser import INPUT_SCALES, LABELS, Denoise, Denoiser, InputScale, Label
 from .errors import UndiffuseError, unknown
 from .grids import GRIDS, Grid, Uniform
 from .guidance import cfg, interval, remember, rescale, threshold
+from .levels import Estimate, Level
 from .networks import build
 from .noise import Streams
 from .objectives import TIMES, WEIGHTS, Times, Weight
@@ -98,6 +100,17 @@ class Sampling:
     threshold: Literal["none", "static", "dynamic"] = "none"
 
 
+def guided(cond: Denoise, uncond: Denoise, sampling: Sampling) -> Denoise:
+    """``cond`` with the guidance and the threshold that ``sampling`` asks for; data in [-1, 1]."""
+    cond = remember(cond)
+    scale, bounds = sampling.guidance_scale, sampling.guidance_interval
+    denoise = cfg(cond, uncond, scale if bounds is None else interval(scale, *bounds))
+    denoise = rescale(denoise, cond, sampling.guidance_rescale) if scale != 1 else denoise
+    if sampling.threshold == "none":
+        return denoise
+    return threshold(denoise, -1.0, 1.0, 0.995 if sampling.threshold == "dynamic" else None)
+
+
 @final
 class Pipeline:
     """A denoiser, the units of its data, and how to sample from it.
@@ -123,6 +136,15 @@ class Pipeline:
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.denoiser.parameters()).device
+
+    @property
+    def fingerprint(self) -> str:
+        """The first 16 digits of the SHA-256 of the weights: two models with the same one sample the same."""
+        digest = sha256()
+        for name, tensor in self.denoiser.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     # --- the folder ---
 
@@ -185,20 +207,27 @@ class Pipeline:
 
     def denoise(self, cond: Mapping[str, Tensor], sampling: Sampling) -> Denoise:
         """The denoiser bound to its condition, guided and thresholded as ``sampling`` says."""
-        plain = remember(self.denoiser.bind(**cond))
-        guided = plain
-        scale = sampling.guidance_scale
-        if scale != 1:
-            if not cond:
-                raise UndiffuseError(f"guidance scale {scale} asked of a model without conditions; leave it at 1")
-            bounds = sampling.guidance_interval
-            guided = cfg(plain, self.denoiser.bind(), scale if bounds is None else interval(scale, *bounds))
-            guided = rescale(guided, plain, sampling.guidance_rescale)
-        if sampling.threshold == "none":
-            return guided
-        if not self.spec.bounded:
+        if sampling.guidance_scale != 1 and not cond:
+            raise UndiffuseError(
+                f"guidance scale {sampling.guidance_scale} asked of a model without conditions; leave it at 1"
+            )
+        if sampling.threshold != "none" and not self.spec.bounded:
             raise UndiffuseError(f"threshold={sampling.threshold} needs data with a declared range; this data has none")
-        return threshold(guided, -1.0, 1.0, 0.995 if sampling.threshold == "dynamic" else None)
+        return guided(self.denoiser.bind(**cond), self.denoiser.bind(), sampling)
+
+    def calls(self, sampling: Sampling) -> int:
+        """Network calls that one sample takes with these settings, counted on one that costs nothing (trap S21)."""
+        calls = 0
+
+        def network(x: Tensor, level: Level) -> Estimate:
+            nonlocal calls
+            calls += 1
+            return Estimate(torch.zeros_like(x), x / float(level.sigma), torch.full_like(x, 0.5))
+
+        levels = sampling.grid.levels(self.config.schedule, sampling.steps)
+        denoise = guided(network, network, sampling)
+        deque(trajectory(denoise, torch.zeros(1, 2), levels, sampling.solver, Streams(0, 1)), maxlen=1)
+        return calls
 
     def conditions(self, samples: Sequence[int], classes: Sequence[int | None] | None) -> dict[str, Tensor]:
         """The condition of each sample: sample i gets ``classes[i % len(classes)]``.
@@ -222,8 +251,12 @@ class Pipeline:
         labels = torch.tensor([count if label is None else label for label in wanted], device=self.device)
         return {**self.denoiser.null(len(samples)), "classes": labels}
 
-    def settings(self, **changes: Any) -> Sampling:
-        """The default settings with some changed; unknown names raise, solvers and grids may be given by name."""
+    def settings(self, stated: dict[str, Any] | None = None, **changes: Any) -> Sampling:
+        """The default settings (or those ``stated`` in a file's JSON) with some changed by name.
+
+        Solvers and grids may be given by name; unknown names raise.
+        """
+        settings = self.sampling if stated is None else from_json(Sampling, stated, "sampling settings", REGISTRIES)
         for name, value in changes.items():
             if name not in Sampling.__dataclass_fields__:
                 raise unknown("sampling setting", name, Sampling.__dataclass_fields__)
@@ -232,7 +265,7 @@ class Pipeline:
                 if value not in registry:
                     raise unknown(name, value, registry)
                 changes[name] = registry[value]
-        return replace(self.sampling, **changes)
+        return replace(settings, **changes)
 
     def frames(
         self,
@@ -320,3 +353,14 @@ def find_pipeline(path: str | Path) -> Path:
     if path.is_file():
         raise UndiffuseError(f"{path}: a file; a model is a folder with model.safetensors and pipeline.json")
     raise UndiffuseError(f"{path}: no model here (no pipeline.json): is the run still before its first checkpoint?")
+
+
+def resolve_device(name: str) -> str:
+    """``auto`` is the best device there is; one that torch cannot use is refused."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name).add_(1)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UndiffuseError(f"--device {name}: {str(error).splitlines()[0]} (try --device cpu)") from None
+    return name

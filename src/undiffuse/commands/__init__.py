@@ -29,11 +29,13 @@ from typing import Any, TextIO
 from ..errors import UndiffuseError, UndiffuseWarning
 
 VERBS = {
+    "sample": "sample from a saved model",
     "ls": "list the runs in a folder",
     "show": "describe a run or a saved model",
 }
 
 EXAMPLES = """
+  undiffuse sample runs/demo         a grid of samples, samples.png
   undiffuse ls                       the runs in ./runs
   undiffuse show runs/demo           what was trained, how far, and where
 """

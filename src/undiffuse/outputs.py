@@ -1,4 +1,4 @@
-"""Pictures: what people look at. Samples as one grid, a trajectory as an animation, points as a scatter.
+"""Outputs: what people look at. Samples as one grid, a trajectory as an animation, points as a scatter, or arrays.
 
 Values become pixels by the data's fixed constants, never by each picture's own minimum and maximum (trap D4).
 """
@@ -6,7 +6,7 @@ Values become pixels by the data's fixed constants, never by each picture's own 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from math import ceil, sqrt
 from pathlib import Path
@@ -16,9 +16,10 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from .config import write_bytes_atomic
+from .config import to_json, write_bytes_atomic
 from .data.spec import DataSpec
 from .errors import UndiffuseError
+from .pipeline import REGISTRIES, Pipeline, Sampling
 
 CHUNK = "undiffuse"
 """The PNG text chunk that holds how a picture was made."""
@@ -30,7 +31,7 @@ LEAST_TILE = 64
 
 def drawable(spec: DataSpec) -> bool:
     """Whether samples of this data can be shown: images, and points in the plane."""
-    return spec.kind == "image" or (spec.kind == "points" and spec.shape == (2,))
+    return spec.has_pictures or (spec.kind == "points" and spec.shape == (2,))
 
 
 def grid(spec: DataSpec, x: Tensor, columns: int | None = None) -> Image.Image:
@@ -38,12 +39,12 @@ def grid(spec: DataSpec, x: Tensor, columns: int | None = None) -> Image.Image:
     if spec.kind == "points" and spec.shape == (2,):
         return scatter(x)
     if not drawable(spec):
-        raise UndiffuseError(f"samples of shape {list(spec.shape)} are not pictures: write them to a .npy file")
+        raise UndiffuseError(f"samples of shape {list(spec.original_shape)} are no pictures; write a .npy")
     return tile(spec.to_images(x), columns)
 
 
 def tile(images: Sequence[np.ndarray], columns: int | None = None) -> Image.Image:
-    """uint8 arrays ``[H, W]`` or ``[H, W, 3]``, all alike, as a grid with a light gap; a near-square grid by default."""
+    """uint8 arrays ``[H, W]`` or ``[H, W, 3]``, all alike, as a grid with a gap; near-square by default."""
     columns = columns or ceil(sqrt(len(images)))
     rows = ceil(len(images) / columns)
     height, width = images[0].shape[:2]
@@ -127,3 +128,93 @@ def write_animation(path: str | Path, pictures: Sequence[Image.Image], seconds: 
     )
     write_bytes_atomic(path, buffer.getvalue())
     return path
+
+
+# --- What `undiffuse sample` and the previews of training write -------------------------------------------------------
+
+
+def check_target(target: Path, spec: DataSpec) -> None:
+    """Refuse before sampling what could not be written after it; makes the folder."""
+    suffix = target.suffix.lower()
+    if suffix not in ("", ".png", ".npy", ".gif", ".webp"):
+        raise UndiffuseError(f"--out {target}: write a .png, .npy, .gif, .webp or a folder")
+    if suffix != ".npy" and not drawable(spec):
+        raise UndiffuseError(
+            f"--out {target}: samples of shape {list(spec.original_shape)} are no pictures; write a .npy"
+        )
+    if suffix == "" and spec.kind != "image":
+        raise UndiffuseError(f"--out {target}: a folder holds images; write points to a .npy, or a .png for a scatter")
+    folder = target if suffix == "" else target.parent
+    if folder.exists() and not folder.is_dir():
+        raise UndiffuseError(f"--out {target}: {folder} is not a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_samples(
+    target: Path,
+    pipeline: Pipeline,
+    samples: int,
+    seed: int,
+    classes: Sequence[int | None] | None,
+    sampling: Sampling,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+    model: str,
+    options: dict[str, Any],
+) -> None:
+    """Sample and write to ``target``: a .png grid, a folder of PNGs, a .npy, or a .gif or .webp of the trajectory.
+
+    ``model`` and ``options`` go into the PNGs' text chunk, so that the picture can be made again.
+    """
+    spec, suffix = pipeline.spec, target.suffix.lower()
+    columns = columns_for(samples, len(spec.classes) if classes is None else len(classes))
+    if suffix in (".gif", ".webp"):
+        pictures = []
+        for frame in pipeline.frames(samples, seed=seed, classes=classes, sampling=sampling):
+            pictures.append(grid(spec, frame.x.cpu(), columns))
+            if progress is not None:
+                progress(frame.index, sampling.steps)
+        write_animation(target, pictures)
+        return
+    x = pipeline.draw(samples, seed=seed, classes=classes, sampling=sampling, batch_size=batch_size, progress=progress)
+    parameters = {
+        "model": model,
+        "weights": pipeline.fingerprint,
+        "options": options,
+        "sampling": to_json(sampling, REGISTRIES),
+    }
+    if suffix == ".npy":
+        buffer = BytesIO()
+        np.save(buffer, spec.to_data(x), allow_pickle=False)
+        write_bytes_atomic(target, buffer.getvalue())
+    elif suffix == ".png":
+        write_png(target, grid(spec, x, columns), parameters)
+    else:
+        digits = max(5, len(str(samples - 1)))
+        for i, image in enumerate(spec.to_images(x)):
+            write_png(target / f"{i:0{digits}d}.png", Image.fromarray(image), parameters)
+
+
+def columns_for(samples: int, classes: int) -> int | None:
+    """One class a column where that makes whole rows; None: a near-square grid."""
+    return classes if 1 < classes <= 16 and samples > classes and samples % classes == 0 else None
+
+
+def made_by(path: Path) -> dict[str, Any]:
+    """How a PNG of :func:`write_samples` was made: ``model``, ``weights``, ``options``, ``sampling``."""
+    made = read_parameters(path)
+    wanted = {"model": str, "weights": str, "options": dict, "sampling": dict}
+    if any(not isinstance(made.get(name), kind) for name, kind in wanted.items()):
+        raise UndiffuseError(f"{path}: does not say how it was made; only PNGs written by `undiffuse sample` do")
+    return made
+
+
+def describe(sampling: Sampling) -> dict[str, Any]:
+    """Solver and grid by name, steps and guidance scale: what a report shows."""
+    stated = to_json(sampling, REGISTRIES)
+    return {
+        "solver": stated["solver"]["kind"],
+        "grid": stated["grid"]["kind"],
+        "steps": sampling.steps,
+        "guidance_scale": sampling.guidance_scale,
+    }

@@ -1,0 +1,173 @@
+"""``undiffuse sample``: samples from a saved model."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ..errors import UndiffuseError, UndiffuseWarning, unknown
+
+EXAMPLES = """
+undiffuse sample runs/demo                         a grid of samples: samples.png
+undiffuse sample runs/demo -n 100 --classes 3,7 --seed 1
+undiffuse sample runs/demo --solver heun --steps 10 --guidance-scale 2
+undiffuse sample runs/demo --out digits.npy -n 1000   the data's own units
+undiffuse sample runs/demo --out digits.webp       the way from noise to data
+undiffuse sample runs/demo --out folder/           one PNG a sample
+undiffuse sample --from samples.png                the same picture again
+"""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What was sampled, how, and where it is."""
+
+    path: Path
+    samples: int
+    shape: tuple[int, ...]  # of one sample, in the data's own layout
+    dtype: str
+    seed: int
+    classes: tuple[str, ...] | None
+    solver: str
+    grid: str
+    steps: int
+    guidance_scale: float
+    calls: int  # of the network, for one sample
+    seconds: float
+
+
+def sample(
+    model: Annotated[Path | None, tyro.conf.Positional] = None,
+    number: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None,
+    solver: str | None = None,
+    steps: int | None = None,
+    grid: str | None = None,
+    guidance_scale: float | None = None,
+    classes: str | None = None,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    out: Path | None = None,
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
+    device: str = "auto",
+) -> Sampled:
+    """Sample from a model and write a picture, a folder of pictures, an array or an animation.
+
+    Args:
+        model: A run folder or a model folder.
+        number: How many samples (default 64).
+        solver: How to walk from noise to data (default: the model's).
+        steps: How many steps (default: the model's).
+        grid: Which noise levels to visit (default: the model's).
+        guidance_scale: 1 is the conditional model, 0 the unconditional one, more asks harder (default: the model's).
+        classes: Numbers, names, ranges or `none`: `3`, `0-9`, `cat,dog`. Sample i gets class number i modulo how many
+            are given (default: all in turn).
+        seed: Sample i is a function of the seed and i (default 0).
+        batch_size: Samples computed together (default 64); it does not change what is sampled.
+        out: A .png grid, a .npy array of shape [N, data shape] in the data's own units and dtype, a .gif or .webp of
+            the trajectory, or a folder of PNGs (default samples.png; samples.npy for data that is no picture).
+        from_: A PNG made by this command: make it again, except for the options that are given.
+        device: auto, cpu, cuda, mps.
+
+    Raises:
+        UndiffuseError: a model that cannot be loaded, an option out of range, a name that does not exist.
+    """
+    from ..outputs import check_target, describe, drawable, made_by, write_samples
+    from ..pipeline import BATCH, Pipeline, resolve_device
+
+    given = {
+        "number": number,
+        "solver": solver,
+        "steps": steps,
+        "grid": grid,
+        "guidance_scale": guidance_scale,
+        "classes": classes,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    made = made_by(from_) if from_ is not None else None
+    if model is None and made is None:
+        raise UndiffuseError("name a model: undiffuse sample runs/NAME")
+    model = model or Path(made["model"] if made else "")
+    options: dict[str, Any] = {**(made["options"] if made else {}), **{k: v for k, v in given.items() if v is not None}}
+    pipeline = Pipeline.load(model, resolve_device(device))
+    if made and made["weights"] != pipeline.fingerprint:
+        warnings.warn(f"{from_} was made by other weights: expect another picture", UndiffuseWarning, stacklevel=2)
+    changes = {name: options[name] for name in ("solver", "steps", "grid", "guidance_scale") if name in options}
+    settings = pipeline.settings(made["sampling"] if made else None, **changes)
+    count, seed, batch = options.get("number", 64), options.get("seed", 0), options.get("batch_size", BATCH)
+    chosen = parse_classes(options["classes"], pipeline.spec.classes) if "classes" in options else None
+    target = out or Path("samples.png" if drawable(pipeline.spec) else "samples.npy")
+    check_target(target, pipeline.spec)
+    begun = time.monotonic()
+    with progress_bar() as tick:
+        write_samples(target, pipeline, count, seed, chosen, settings, batch, tick, str(model), options)
+    return Sampled(
+        path=target,
+        samples=count,
+        shape=pipeline.spec.original_shape,
+        dtype=pipeline.spec.dtype,
+        seed=seed,
+        classes=None if chosen is None else tuple("none" if c is None else pipeline.spec.classes[c] for c in chosen),
+        **describe(settings),
+        calls=pipeline.calls(settings),
+        seconds=time.monotonic() - begun,
+    )
+
+
+def report(sampled: Sampled) -> str:
+    kind = "x".join(map(str, sampled.shape)) or "scalar"
+    rate = sampled.samples / max(sampled.seconds, 1e-9)
+    return (
+        f"{sampled.path}\n"
+        f"  {sampled.samples} samples, {kind} {sampled.dtype}, seed {sampled.seed}, "
+        f"{sampled.seconds:.1f} s ({rate:.3g} a second)\n"
+        f"  {sampled.solver}, {sampled.grid} grid, {sampled.steps} steps, guidance {sampled.guidance_scale:g}: "
+        f"{sampled.calls} network calls a sample"
+    )
+
+
+def parse_classes(text: str, names: tuple[str, ...]) -> list[int | None]:
+    """Class numbers from ``3``, ``0-9``, ``cat,dog``; ``none`` is None, the null class. A name wins over a number."""
+    chosen: list[int | None] = []
+    for part in (part.strip() for part in text.split(",")):
+        first, _, last = part.partition("-")
+        if part in names:
+            chosen.append(names.index(part))
+        elif part.lower() == "none":
+            chosen.append(None)
+        elif part.isdigit():
+            chosen.append(int(part))
+        elif first.isdigit() and last.isdigit() and int(first) <= int(last) < len(names):
+            chosen.extend(range(int(first), int(last) + 1))
+        else:
+            raise unknown("class", part, names)
+    for number in chosen:
+        if number is not None and number >= len(names):
+            last_class = f"0 to {len(names) - 1}" if names else "none"
+            raise UndiffuseError(f"--classes: class {number} does not exist; the classes of this model: {last_class}")
+    return chosen
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Callable[[int, int], None]]:
+    """Gives ``tick(done, total)``, which moves a bar on a terminal and does nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit="step", leave=False) as bar:
+
+        def tick(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield tick
