@@ -34,9 +34,9 @@ def good_folder(root: Path, count: int, channels: int = 3, size: int = 8) -> Pat
     return root
 
 
-def png_bytes(pixels: np.ndarray) -> bytes:
+def png_bytes(pixels: np.ndarray, **options: Any) -> bytes:
     buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG", **options)
     return buffer.getvalue()
 
 
@@ -51,7 +51,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def raw_png(width: int, height: int, depth: int, colour: int, rows: bytes, *before: bytes) -> bytes:
-    """A PNG from its parts: colour type 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA; each row starts with a 0."""
+    """A PNG from its parts: colour type 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA; rows start with a 0."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     return SIGNATURE + head + b"".join(before) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
@@ -68,6 +68,7 @@ def _flip(data: bytes, at: int) -> bytes:
 def bad_files() -> dict[str, bytes]:
     """Name to content of files that call themselves images and cannot be used (numbered as the known bad files)."""
     png, jpeg = png_bytes(ramp(32, 32)), jpeg_bytes(ramp(32, 32))
+    stored = png_bytes(ramp(32, 32), compress_level=0)
     bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(60_000_000)))
     grey_rows = b"".join(b"\0" + bytes(8) for _ in range(8))
     float_tiff, int_tiff = BytesIO(), BytesIO()
@@ -81,6 +82,8 @@ def bad_files() -> dict[str, bytes]:
         "04-text.png": b"this is not a picture\n",
         "05-html.jpg": b"<!DOCTYPE html><html><body>404</body></html>",
         "07-crc.png": _flip(png, png.index(b"IDAT") + 10),
+        "07-crc-changed.png": _flip(png, png.index(b"IEND") - 6),
+        "07-crc-pixel.png": _flip(stored, stored.index(b"IDAT") + 40),
         "07-crc-of-text.png": _flip(SIGNATURE + png[8:33] + chunk(b"tEXt", b"a\0b") + png[33:], 33 + 9),
         "09-30000.png": raw_png(30_000, 30_000, 1, 0, b""),
         "10-13000.png": raw_png(13_000, 13_000, 1, 0, b""),

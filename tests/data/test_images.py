@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageChops, ImageCms
+from PIL import Image, ImageChops, ImageCms, ImageFile
 
 from data.pictures import bad_files, chunk, jpeg_bytes, png_bytes, ramp, raw_png, rows16, save
 from undiffuse.data import images
@@ -49,10 +49,22 @@ def test_size_is_checked_before_decoding(tmp_path: Path, monkeypatch: pytest.Mon
     def never(*_: object) -> None:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(Image.Image, "load", never)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", never)
     for name in ("09-30000.png", "10-13000.png", "11-huge.png"):
         with pytest.raises(BadImage, match="million pixels"):
             read_header(write(tmp_path / name, BAD[name]))
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "gif", "tiff", "webp", "bmp"])
+def test_the_header_is_read_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extension: str) -> None:
+    path = save(tmp_path / f"a.{extension}", ramp())
+
+    def never(*_: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", never)
+    header = read_header(path)
+    assert (header.height, header.width, header.bits) == (8, 8, 8)
 
 
 def test_large_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +254,28 @@ def test_trap_D3_profiles(tmp_path: Path) -> None:
     assert notes(path) == ""
     assert "profile" in notes(save(tmp_path / "b.png", ramp(), icc_profile=b"not a profile"))
     np.testing.assert_array_equal(read(tmp_path / "b.png"), ramp())
+
+
+def test_trap_D3_a_wide_profile_is_converted(tmp_path: Path) -> None:
+    """In a profile whose red and blue primaries are exchanged, red means blue."""
+    exchanged = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert "sRGB".encode("utf-16-be") in exchanged
+    exchanged = exchanged.replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
+    exchanged = exchanged.replace(b"rXYZ", b"????", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"????", b"bXYZ", 1)
+    close(read(save(tmp_path / "a.png", ramp(), icc_profile=exchanged)), ramp()[..., ::-1], 2)
+    rgba = np.concatenate([ramp(), ramp(channels=1)[..., None]], axis=-1)
+    found = read(save(tmp_path / "b.png", rgba, icc_profile=exchanged), channels=4)
+    close(found, rgba[..., [2, 1, 0, 3]], 2)
+
+
+def test_an_orientation_after_the_pixels_is_refused(tmp_path: Path) -> None:
+    """Headers choose the form of all images; a picture that turns afterwards would be cropped without a word."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, data = png_bytes(ramp(8, 12)), exif.tobytes().removeprefix(b"Exif\0\0")
+    path = write(tmp_path / "a.png", plain[:-12] + chunk(b"eXIf", data) + plain[-12:])
+    with pytest.raises(BadImage, match="orientation"):
+        read(path)
 
 
 def test_first_frame(tmp_path: Path) -> None:

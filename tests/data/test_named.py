@@ -93,7 +93,15 @@ def test_a_file_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("data", "says"),
-    [("digts", "did you mean 'digits'"), ("", "no data"), ("cats.tar", "no data"), ("hf:cats", "no data")],
+    [
+        ("digts", "did you mean 'digits'"),
+        ("", "no data"),
+        ("cats.tar", "no data"),
+        ("hf:cats", "no data"),
+        ("x" * 300, "no data"),
+        ("~nobody9/a", "no data"),
+        ("a\0b", "no data"),
+    ],
 )
 def test_what_does_not_exist(data: str, says: str) -> None:
     with pytest.raises(UndiffuseError, match=says):

@@ -45,7 +45,7 @@ def from_array(
     channels: Channels = None,
     name: str = "array",
 ) -> ArrayDataset:
-    """The data set of ``values`` ``[N, ...]``, recognised as this module's text says.
+    """The data set of ``values`` ``[N, ...]`` (not copied), recognised as this module's text says.
 
     ``labels``   ``[N]`` whole numbers or names; the classes are their sorted distinct values
     ``image_size``   crops images in the middle to the aspect of this (height, width) and resizes them (Lanczos)

@@ -55,8 +55,8 @@ def open_dataset(
             message = f"{data!r} is the data set of that name; write ./{data} for the file or folder"
             warnings.warn(message, UndiffuseWarning, stacklevel=2)
         return _named(DATASETS[data](seed=seed, data_root=data_root), size, channels)
-    path = Path(data).expanduser()
-    if not data or not path.exists():
+    path = Path(os.path.expanduser(data))
+    if not data or not os.path.exists(path):
         raise _missing(data, path)
     if path.is_dir():
         return ImageFolder(path, image_size=size, channels=channels, strict=strict)
@@ -79,7 +79,7 @@ def _named(dataset: Dataset, size: Size, channels: Channels) -> Dataset:
 def _size(image_size: int | tuple[int, int] | None) -> Size:
     if image_size is None:
         return None
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    sides = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
     whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
     if len(sides) != 2 or not whole or min(sides) < MIN_SIDE or max(sides) > 8192:
         raise UndiffuseError(f"image_size={image_size!r} must be one side or (height, width), each {MIN_SIDE} to 8192")

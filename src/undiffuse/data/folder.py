@@ -213,11 +213,16 @@ class ImageFolder(Dataset):
 
     def _decode(self, entry: Entry) -> Decoded | BadImage:
         """The image, or why there is none; as a value, since threads hand it over."""
+        path = os.path.join(self._root, entry.path)
         try:
-            decoded = decode(os.path.join(self._root, entry.path), self._target)
+            status = os.stat(path)
+            if (status.st_size, status.st_mtime_ns) != (entry.size, entry.modified):
+                raise BadImage("the file has changed since it was found")
+            return decode(path, self._target)
+        except OSError as error:
+            return BadImage(str(error.strerror).lower())
         except BadImage as reason:
             return reason
-        return decoded
 
     def _decode_all(self, pixels: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """Fills ``pixels`` with the good images in order and forgets the others. Returns its filled part and notes."""

@@ -107,6 +107,8 @@ def decode(path: str | os.PathLike[str] | bytes, target: Target) -> Decoded:
         if deep == 16 and header.bits == 8:
             notes += ("16 bits a channel in colour, read as 8",)
     height, width = pixels.shape[:2]
+    if (height, width) != (header.height, header.width):  # the form of all images was chosen by the headers
+        raise BadImage("its orientation is stored after its pixels: save it again")
     if height < target.size[0] or width < target.size[1]:
         notes += ("smaller than the image size, enlarged",)
     return Decoded(fit(pixels, target.size), notes, blake2b(data, digest_size=16).digest())
@@ -196,11 +198,19 @@ def _header(image: Image.Image) -> Header:
         raise BadImage(f"{what} pixels do not say their range: save 8- or 16-bit, or an .npy array")
     if image.mode not in GREY and image.mode not in COLOUR:
         raise BadImage(f"pixel mode {image.mode} is not supported")
-    # TIFF turns itself on loading and its size is already that of the upright image
-    if image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8):
+    if _says_turned(image):
         width, height = height, width
     grey = image.mode in GREY or (image.mode == "P" and _grey_palette(image))
     return Header(height, width, grey, 16 if image.mode in SIXTEEN else 8)
+
+
+def _says_turned(image: Image.Image) -> bool:
+    """Whether EXIF will exchange height and width."""
+    if image.format == "TIFF":  # it turns itself on loading, and its size is that of the upright image already
+        return False
+    if image.format == "PNG" and not {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys():
+        return False  # Pillow would decode the pixels to look for EXIF behind them
+    return image.getexif().get(0x0112) in (5, 6, 7, 8)
 
 
 def _grey_palette(image: Image.Image) -> bool:
