@@ -118,7 +118,8 @@ def _parse(verb: str, module: Any, options: list[str]) -> Callable[[], Any]:
     lines = [line.strip("│ ") for line in complaint.splitlines()[1:]]
     lines = [line for line in lines if line.strip("-─╭╮╰╯ ")]
     lines = lines[: next((i for i, line in enumerate(lines) if "helptext" in line), len(lines))]
-    message = f"missing {lines[1]}" if lines[0].startswith("Missing from") else " ".join(lines)
+    missing = len(lines) > 1 and lines[0].startswith("Missing from")
+    message = f"missing {lines[1]}" if missing else " ".join(lines) or "these options cannot be read"
     for theirs, ours in _PLAINER.items():
         message = re.sub(theirs, ours, message)
     raise UndiffuseError(f"{message.rstrip('.')} (see undiffuse {verb} --help)")
