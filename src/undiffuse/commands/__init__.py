@@ -187,7 +187,8 @@ def _overview() -> str:
 
 def _help(verb: str, module: Any) -> str:
     width = 80
-    lines = _tyro(verb, module, ["--help"])[2].rstrip().splitlines()
+    # An option that may be left open says so itself; "(default: None)" says nothing.
+    lines = re.sub(r"\s*\(default:\s+None\)", "", _tyro(verb, module, ["--help"])[2]).rstrip().splitlines()
     screen = [part for line in lines for part in (textwrap.wrap(line.rstrip(), width) if len(line) > width else [line])]
     text = "\n".join(line.rstrip() for line in screen)
     return f"{text}\n\nexamples:\n{_examples(module.EXAMPLES)}"

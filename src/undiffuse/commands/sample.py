@@ -16,7 +16,7 @@ import tyro
 from ..errors import UndiffuseError, UndiffuseWarning, unknown
 
 EXAMPLES = """
-undiffuse sample runs/demo                         a grid of samples: samples.png
+undiffuse sample runs/demo                         a grid, in samples.png
 undiffuse sample runs/demo -n 100 --classes 3,7 --seed 1
 undiffuse sample runs/demo --solver heun --steps 10 --guidance-scale 2
 undiffuse sample runs/demo --out digits.npy -n 1000   the data's own units
