@@ -132,7 +132,15 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline as Pipeline
     from .pipeline import Sampling as Sampling
 
+    # training
+    from .training import RECIPES as RECIPES
+    from .training import Recipe as Recipe
+    from .training import Trainer as Trainer
+    from .training import make_recipe as make_recipe
+    from .training import run_training as run_training
+
     # the verbs of the command line
+    from .commands.train import train as train
     from .commands.sample import sample as sample
     from .commands.ls import ls as ls
     from .commands.show import show as show

@@ -29,6 +29,7 @@ from typing import Any, TextIO
 from ..errors import UndiffuseError, UndiffuseWarning
 
 VERBS = {
+    "train": "train a model on your own data",
     "sample": "sample from a saved model",
     "ls": "list the runs in a folder",
     "show": "describe a run or a saved model",

@@ -1,0 +1,181 @@
+"""``undiffuse train``: train on your own data."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from ..errors import UndiffuseError
+
+if TYPE_CHECKING:
+    from ..training import Progress
+
+EXAMPLES = """
+undiffuse train digits                     real handwritten digits, a minute
+undiffuse train moons --recipe tiny        seconds, to see that it works
+undiffuse train ./photos --image-size 64   a folder of images, or folders of
+                                           them, one a class
+undiffuse train mnist --data-root ~/data --minutes 30
+undiffuse train volumes.npy --set optimiser.lr=0.0005 --set training.keep=5
+"""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run."""
+
+    path: Path
+    state: str
+    step: int
+    images: int
+    seconds: float  # of training, over all its parts
+    loss: float | None  # mean in the last line of the metrics
+    model: Path
+    resumed_from: int  # the update after which this call went on; 0: begun anew
+
+
+def train(
+    data: Annotated[str, tyro.conf.Positional],
+    out: Path | None = None,
+    recipe: str = "default",
+    steps: int | None = None,
+    images: int | None = None,
+    minutes: float | None = None,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    model_size: Literal["tiny", "small", "base", "large"] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    data_root: Path | None = None,
+    strict: bool = False,
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH=VALUE")] = (),
+) -> Trained:
+    """Train a diffusion model. The same command continues a run that was stopped.
+
+    Args:
+        data: A folder of images, a .npy or .npz file, or the name of a data set: digits, mnist, moons, swissroll,
+            checkerboard.
+        out: The run folder (default: runs/ and the name of the data).
+        recipe: default, digits, mnist, points, images or tiny (seconds, for tests).
+        steps: Length of the run in updates.
+        images: Length of the run in images seen.
+        minutes: Length of the run in time; the speed of its first tenth decides how many images that is.
+        batch_size: Images an update.
+        image_size: Side to which images are cropped and resized.
+        model_size: tiny, small, base or large.
+        seed: Of everything that is drawn.
+        device: auto, cpu, cuda, mps.
+        data_root: Where files of named data sets are.
+        strict: Refuse a folder with a file that cannot be read instead of skipping it.
+        set: Change one setting of the recipe, such as optimiser.lr=0.001; may be repeated.
+
+    Returns:
+        What the finished run is.
+
+    Raises:
+        UndiffuseError: bad data, a setting that does not exist or is out of range, a folder of another run.
+    """
+    from ..config import override
+    from ..data import open_dataset
+    from ..pipeline import REGISTRIES
+    from ..training import make_recipe, run_training
+    from ..training.recipe import with_length
+
+    if sum(limit is not None for limit in (steps, images, minutes)) > 1:
+        raise UndiffuseError("--steps, --images and --minutes are three ways to say how long: give one")
+    given = {
+        "--out": out,
+        "--recipe": None if recipe == "default" else recipe,
+        "--steps": steps,
+        "--images": images,
+        "--minutes": minutes,
+        "--batch-size": batch_size,
+        "--image-size": image_size,
+        "--model-size": model_size,
+        "--seed": seed or None,
+        "--device": None if device == "auto" else device,
+        "--data-root": data_root,
+    }
+    words = ["undiffuse", "train", data]
+    words += [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    words += ["--strict"] if strict else []
+    words += [word for setting in set for word in ("--set", setting)]
+    dataset = open_dataset(data, image_size=image_size, data_root=data_root, strict=strict, seed=seed)
+    chosen = make_recipe(recipe, dataset.spec, len(dataset), model_size)
+    chosen = override(chosen, set, REGISTRIES)
+    chosen = with_length(chosen, steps=steps, images=images, batch_size=batch_size)
+    folder = out or Path("runs") / (Path(data).stem if Path(data).exists() else data)
+    with _screen() as (say, progress):
+        result = run_training(
+            dataset,
+            chosen,
+            folder,
+            seed=seed,
+            device=device,
+            minutes=minutes,
+            data=data,
+            command=shlex.join(words),
+            say=say,
+            progress=progress,
+        )
+    return Trained(**vars(result))
+
+
+def report(result: Trained) -> str:
+    loss = "" if result.loss is None else f", loss {result.loss:.4g}"
+    return (
+        f"{result.path}: {result.state}, {result.step:,} updates, {result.images:,} images, "
+        f"{result.seconds:.0f} s{loss}\n"
+        f"  next: undiffuse sample {shlex.quote(str(result.path))}"
+    )
+
+
+@contextmanager
+def _screen() -> Iterator[tuple[Callable[[str], None], Callable[[Progress], None]]]:
+    """How lines and progress appear: a bar on a terminal, else a plain line every ten seconds."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        bar = tqdm(unit="img", unit_scale=True, dynamic_ncols=True, leave=False, smoothing=0.1)
+
+        def move(progress: Progress) -> None:
+            if bar.total != progress.total_images:
+                bar.total = progress.total_images
+                bar.refresh()
+            if bar.n == 0 and progress.images > 0 and bar.initial == 0:
+                bar.initial = bar.n = progress.images  # a resumed run does not count what it did before as its speed
+                return
+            if progress.loss is not None:
+                bar.set_postfix_str(f"loss {progress.loss:.4f}", refresh=False)
+            bar.update(progress.images - bar.n)
+
+        try:
+            yield lambda line: bar.write(line, file=sys.stdout), move
+        finally:
+            bar.close()
+        return
+    last = time.monotonic()
+
+    def line(progress: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < 10 or progress.loss is None:
+            return
+        last = now
+        of = "" if progress.total_images is None else f" of {progress.total_images:,}"
+        left = "" if progress.seconds_left is None else f", {progress.seconds_left:.0f} s left"
+        print(
+            f"update {progress.step:,}, {progress.images:,}{of} images, loss {progress.loss:.4f}, "
+            f"{progress.images_per_second:,.0f} images/s{left}",
+            flush=True,
+        )
+
+    yield lambda text: print(text, flush=True), line

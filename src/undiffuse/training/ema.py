@@ -1,0 +1,37 @@
+"""The exponential moving average of the weights: ``average += (1 - decay) * (weights - average)``.
+
+It lives beside the model, never in it: a preview samples from the average's own denoiser, so training cannot notice
+(trap E1). The average is float32 whatever the type of the weights; in bfloat16, which has 8 bits, a decay of 0.9999
+would never move it (trap P4).
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Denoiser
+
+
+class EMA:
+    """The average of a denoiser's weights, as a denoiser of its own.
+
+    Attributes:
+        denoiser: float32, in evaluation mode, without gradients; its buffers are those of the model.
+    """
+
+    def __init__(self, model: Denoiser) -> None:
+        self.denoiser = copy.deepcopy(model).float().eval().requires_grad_(False)
+        self._averages: list[Tensor] = list(self.denoiser.parameters())
+        self._weights: list[Tensor] = list(model.parameters())
+        self._buffers = list(zip(self.denoiser.buffers(), model.buffers(), strict=True))
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        """One step towards the model's present weights; ``decay`` in [0, 1) is the factor on the old average."""
+        weights = [w if w.dtype == torch.float32 else w.float() for w in self._weights]
+        torch._foreach_lerp_(self._averages, weights, 1 - decay)
+        for average, buffer in self._buffers:
+            average.copy_(buffer)

@@ -1,0 +1,273 @@
+"""A recipe: everything that decides what a training run does, in one frozen tree.
+
+Progress counts images seen. The learning rate and the EMA are functions of it, so batch size, accumulation and the
+number of devices do not move them (trap R5).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from ..data.spec import DataSpec
+from ..denoiser import InputScale, Label, NoScale, TimeLabel
+from ..errors import UndiffuseError, UndiffuseWarning
+from ..networks import build, describe, sized
+from ..objectives import Stratified, Times, Unit, Weight
+from ..pipeline import REGISTRIES, ModelConfig, Sampling
+from ..predictions import FlowVelocity, Prediction
+from ..schedules import Flow, Schedule
+
+
+def check(wrong: bool, message: str) -> None:
+    """Raise :class:`UndiffuseError` if ``wrong``."""
+    if wrong:
+        raise UndiffuseError(message)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained.
+
+    Attributes:
+        size: the size dial, ``tiny`` to ``large``.
+        network: options of the network that override what the dial chose (``{"dropout": 0.1}``).
+        schedule, prediction, label, input_scale, learned_variance: as for :class:`undiffuse.Denoiser`.
+        conditional: learn the classes, where the data has them.
+        condition_width: length of the vector that a condition is embedded in.
+    """
+
+    size: str = "small"
+    network: dict[str, Any] = field(default_factory=dict)
+    schedule: Schedule = Flow()
+    prediction: Prediction = FlowVelocity()
+    label: Label = TimeLabel()
+    input_scale: InputScale = NoScale()
+    conditional: bool = True
+    condition_width: int = 64
+    learned_variance: bool = False
+
+    def config(self, spec: DataSpec) -> ModelConfig:
+        """All that builds the denoiser for data of this spec."""
+        classes = len(spec.classes) if self.conditional else 0
+        width = self.condition_width if classes else 0
+        out = spec.channels * (2 if self.learned_variance else 1)
+        name, options = sized(spec.shape, self.size, width, out)
+        return ModelConfig(
+            network=name,
+            network_config=dict(build(name, {**options, **self.network}).config),
+            schedule=self.schedule,
+            prediction=self.prediction,
+            label=self.label,
+            input_scale=self.input_scale,
+            conditions={"classes": {"kind": "classes", "classes": classes}} if classes else {},
+            learned_variance=self.learned_variance,
+        )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised (chapter 9).
+
+    Attributes:
+        times: which noise levels are drawn; stratified over the whole batch by default.
+        weight: how much each level counts.
+        huber: the constant of the pseudo-Huber distance, None for the squared error.
+        offset_noise: strength of the noise that is constant over a channel, 0 for none.
+        condition_dropout: share of samples whose condition is replaced by null.
+    """
+
+    times: Times = Stratified()
+    weight: Weight = Unit()
+    huber: float | None = None
+    offset_noise: float = 0.0
+    condition_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check(not 0 <= self.condition_dropout <= 1, f"condition_dropout={self.condition_dropout} must be in [0, 1]")
+        check(self.huber is not None and self.huber <= 0, f"huber={self.huber} must be positive, or none")
+        check(self.offset_noise < 0, f"offset_noise={self.offset_noise} must be at least 0")
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW (Loshchilov & Hutter 2019) and its learning rate.
+
+    Attributes:
+        lr: the highest learning rate.
+        betas, eps, weight_decay: of AdamW.
+        warmup: images over which the learning rate rises from 0.
+        decay: how it falls to 0 over the run: not at all, linearly, or as half a cosine.
+        clip: longest gradient (its norm over all parameters); a longer one is shortened to this.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup: int = 0
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self.lr <= 0, f"lr={self.lr} must be positive")
+        check(not all(0 <= beta < 1 for beta in self.betas), f"betas={self.betas} must be in [0, 1)")
+        check(self.eps <= 0, f"eps={self.eps} must be positive")
+        check(self.weight_decay < 0, f"weight_decay={self.weight_decay} must be at least 0")
+        check(self.warmup < 0, f"warmup={self.warmup} images must be at least 0")
+        check(self.clip <= 0, f"clip={self.clip} must be positive")
+
+    def rate(self, before: int, after: int, plan: Plan) -> float:
+        """The learning rate of the update that takes the count of images seen from ``before`` to ``after``."""
+        rise = min(1.0, after / self.warmup) if self.warmup else 1.0
+        p = plan.progress(before)
+        fall = {"constant": 1.0, "linear": 1 - p, "cosine": (1 + math.cos(math.pi * p)) / 2}[self.decay]
+        return self.lr * rise * fall
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long, in which portions, and what is written on the way.
+
+    Attributes:
+        images: length of the run in images seen (an image seen twice counts twice).
+        batch_size: images an update, over all devices and accumulated parts.
+        accumulation: parts in which a batch is computed, to save memory; changes the result only by rounding.
+        precision: ``float32``, or ``bf16``: matrix products in bfloat16, all else in float32.
+        log_every, preview_every, checkpoint_every: in updates; 0 for never (there is always a checkpoint at the end).
+        keep: how many of the newest checkpoints are kept.
+        previews: samples in a preview picture.
+    """
+
+    images: int = 1_000_000
+    batch_size: int = 128
+    accumulation: int = 1
+    precision: Literal["float32", "bf16"] = "float32"
+    log_every: int = 20
+    preview_every: int = 1000
+    checkpoint_every: int = 1000
+    keep: int = 2
+    previews: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch_size", "accumulation", "log_every", "keep", "previews"):
+            check(getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("preview_every", "checkpoint_every"):
+            check(getattr(self, name) < 0, f"{name}={getattr(self, name)} must be at least 0")
+        check(
+            self.accumulation > self.batch_size,
+            f"a batch of {self.batch_size} cannot be computed in {self.accumulation} parts",
+        )
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """The exponential moving average of the weights, which is what is sampled from.
+
+    Attributes:
+        half_life: images after which a weight's influence on the average has halved.
+        ramp: keeps the half-life below this share of the images seen so far, so that the random first weights are
+            forgotten in a run of any length (EDM, Karras et al. 2022, table 1 of the code). None: no warm-up.
+    """
+
+    half_life: int = 500_000
+    ramp: float | None = 0.05
+
+    def __post_init__(self) -> None:
+        check(self.half_life < 1, f"half_life={self.half_life} images must be at least 1")
+        check(self.ramp is not None and self.ramp <= 0, f"ramp={self.ramp} must be positive, or none")
+
+    def decay(self, images: int, batch_size: int) -> float:
+        """The factor on the old average in the update after which ``images`` have been seen."""
+        half_life = self.half_life if self.ramp is None else min(self.half_life, self.ramp * images)
+        return 0.5 ** (batch_size / half_life)
+
+    def check_horizon(self, images: int, batch_size: int) -> None:
+        """Warn if the random first weights are still a part of the average after ``images`` (trap E4)."""
+        updates = math.ceil(images / batch_size)
+        left = 0.0  # minus the logarithm of the share of the first weights
+        for update in range(1, updates + 1):
+            left -= math.log(max(self.decay(update * batch_size, batch_size), 1e-300))
+            if left >= 5:
+                return
+        warnings.warn(
+            f"the EMA's half-life of {self.half_life:,} images is too long for a run of {images:,}: "
+            f"{math.exp(-left):.0%} of what is sampled from will still be the random first weights; set ema.ramp=0.05 "
+            f"or ema.half_life={max(1, images // 20)}",
+            UndiffuseWarning,
+            stacklevel=3,
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One full configuration of a run; made by a function ``(spec, count, size) -> Recipe`` of :mod:`.recipes`."""
+
+    name: str
+    model: Model = Model()
+    objective: Objective = Objective()
+    optimiser: Optimiser = Optimiser()
+    training: Training = Training()
+    ema: Averaging = Averaging()
+    sampling: Sampling = Sampling()
+
+    def cost(self, spec: DataSpec) -> str:
+        """Parameters and FLOPs: ``0.25 M parameters, 0.012 GFLOP per forward pass``."""
+        config = self.model.config(spec)
+        return str(describe(build(config.network, config.network_config), spec.shape))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long the run is, once that is known.
+
+    Attributes:
+        images: the run's length; None while a run with a time budget still measures its speed.
+        start: images seen when the length became known: the learning rate decays from there.
+    """
+
+    images: int | None
+    start: int = 0
+
+    def progress(self, images: int) -> float:
+        """0 before ``start``, 1 at the end."""
+        if self.images is None:
+            return 0.0
+        return min(1.0, max(0.0, (images - self.start) / max(1, self.images - self.start)))
+
+
+def share(count: int, part: int, parts: int) -> slice:
+    """The ``part``-th of ``parts`` nearly equal slices of ``count`` items: of a global batch by device, and of a
+    device's batch by accumulation."""
+    return slice(part * count // parts, (part + 1) * count // parts)
+
+
+def kind_of(part: object) -> str:
+    """How a schedule, a prediction, times, ... is called in its registry: ``flow``, ``stratified``."""
+    for base, registry in REGISTRIES.items():
+        if isinstance(part, base):
+            kinds = [name for name, each in registry.items() if type(each) is type(part)]
+            return next((name for name in kinds if registry[name] == part), kinds[0] if kinds else type(part).__name__)
+    return type(part).__name__
+
+
+def with_length(recipe: Recipe, *, steps: int | None, images: int | None, batch_size: int | None) -> Recipe:
+    """The recipe for a run of so many updates or images, in batches of another size; None keeps the recipe's.
+
+    A warm-up of more than a tenth of a run that was given a length is shortened to that.
+    """
+    if batch_size is not None:
+        recipe = replace(recipe, training=replace(recipe.training, batch_size=batch_size))
+    if steps is not None:
+        check(steps < 1, f"steps={steps} must be at least 1")
+        images = steps * recipe.training.batch_size
+    if images is None:
+        return recipe
+    warmup = min(recipe.optimiser.warmup, images // 10)
+    return replace(
+        recipe,
+        training=replace(recipe.training, images=images),
+        optimiser=replace(recipe.optimiser, warmup=warmup),
+    )

@@ -1,0 +1,123 @@
+"""Recipes: functions ``(spec, count, size) -> Recipe`` of the data's spec, how many items there are, and the size dial.
+
+``default`` chooses by the kind of data. ``tiny`` exists for every kind and takes seconds: for tests and first looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..data.spec import DataSpec
+from ..errors import choose
+from ..grids import LogSNR, Uniform
+from ..objectives import LogitNormalTimes, Stratified, UniformTimes
+from ..pipeline import Sampling
+from ..solvers import DPMpp2M, Heun
+from .recipe import Averaging, Model, Objective, Optimiser, Recipe, Training
+
+Make = Callable[[DataSpec, int, str | None], Recipe]
+
+
+def default(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
+    """``points`` for points, ``digits`` for tiny grey images, ``mnist`` for small grey ones, else ``images``."""
+    if spec.kind == "points":
+        return points(spec, count, size)
+    if spec.channels == 1 and max(spec.shape[1:]) <= 12:
+        return digits(spec, count, size)
+    if spec.channels == 1 and max(spec.shape[1:]) <= 32:
+        return mnist(spec, count, size)
+    return images(spec, count, size)
+
+
+def digits(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
+    """Very small pictures, such as scikit-learn's 8x8 digits: about a minute on two cores."""
+    return Recipe(
+        name="digits",
+        model=Model(size=size or "small"),
+        objective=Objective(times=Stratified(LogitNormalTimes(0.0, 1.0))),
+        optimiser=Optimiser(lr=2e-3, warmup=6_400, decay="cosine"),
+        training=Training(
+            images=250_000, batch_size=128, log_every=20, preview_every=500, checkpoint_every=500, previews=64
+        ),
+        ema=Averaging(half_life=25_000),
+        sampling=Sampling(solver=DPMpp2M(), grid=Uniform(), steps=20, guidance_scale=1.5),
+    )
+
+
+def mnist(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
+    """Small grey pictures, such as MNIST's 28x28: some hours on two cores, minutes on a GPU."""
+    return Recipe(
+        name="mnist",
+        model=Model(size=size or "small"),
+        objective=Objective(times=Stratified(LogitNormalTimes(0.0, 1.0))),
+        optimiser=Optimiser(lr=1e-3, warmup=25_600, decay="cosine"),
+        training=Training(
+            images=1_200_000, batch_size=128, log_every=20, preview_every=500, checkpoint_every=500, previews=64
+        ),
+        ema=Averaging(half_life=50_000),
+        sampling=Sampling(solver=DPMpp2M(), grid=Uniform(), steps=25, guidance_scale=1.5),
+    )
+
+
+def points(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
+    """Points without spatial axes, such as the 2-D sets: under a minute."""
+    return Recipe(
+        name="points",
+        model=Model(size=size or "small", condition_width=32),
+        objective=Objective(times=Stratified(UniformTimes())),
+        optimiser=Optimiser(lr=2e-3, warmup=25_600, decay="cosine"),
+        training=Training(
+            images=2_500_000, batch_size=512, log_every=100, preview_every=1000, checkpoint_every=1000, previews=1000
+        ),
+        ema=Averaging(half_life=100_000),
+        sampling=Sampling(solver=Heun(), grid=Uniform(), steps=20),
+    )
+
+
+def images(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
+    """Pictures of any size, and arrays: hours on a GPU. About 200 epochs, but 2 to 20 million images."""
+    return Recipe(
+        name="images",
+        model=Model(size=size or "base"),
+        objective=Objective(times=Stratified(LogitNormalTimes(0.0, 1.0))),
+        optimiser=Optimiser(lr=3e-4, warmup=100_000, decay="constant"),
+        training=Training(
+            images=min(20_000_000, max(2_000_000, 200 * count)),
+            batch_size=64,
+            log_every=20,
+            preview_every=1000,
+            checkpoint_every=1000,
+            previews=64,
+        ),
+        ema=Averaging(half_life=500_000),
+        sampling=Sampling(solver=DPMpp2M(), grid=LogSNR(), steps=30, guidance_scale=1.5 if spec.classes else 1.0),
+    )
+
+
+def tiny(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
+    """Twenty updates of the smallest network, for data of any kind: a test that everything works, not a good model."""
+    return Recipe(
+        name="tiny",
+        model=Model(size=size or "tiny", condition_width=8),
+        objective=Objective(),
+        optimiser=Optimiser(lr=2e-3, warmup=32, decay="cosine"),
+        training=Training(images=320, batch_size=16, log_every=5, preview_every=10, checkpoint_every=10, previews=16),
+        ema=Averaging(half_life=1000),
+        sampling=Sampling(solver=DPMpp2M(), grid=Uniform(), steps=5),
+    )
+
+
+RECIPES: dict[str, Make] = {
+    "default": default,
+    "digits": digits,
+    "mnist": mnist,
+    "points": points,
+    "images": images,
+    "tiny": tiny,
+}
+"""Every recipe by name."""
+
+
+def make_recipe(name: str, spec: DataSpec, count: int, size: str | None = None) -> Recipe:
+    """``RECIPES[name](spec, count, size)``, or an error that suggests the nearest name."""
+    return choose("recipe", name, RECIPES)(spec, count, size)

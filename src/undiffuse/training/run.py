@@ -1,0 +1,507 @@
+"""A run folder: one training run from its first update to its last, through any number of interruptions.
+
+    config.json  command.txt  env.json      what was asked for, and where it ran
+    log.txt  metrics.jsonl  status.json     what happened; the metrics are those of a run that was never stopped
+    samples/  checkpoints/  model/          previews from fixed noise; the state; the averaged weights as a pipeline
+
+Calling :func:`run_training` again with the same arguments continues it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy
+import safetensors
+import torch
+
+from .. import __version__
+from ..config import load_json, to_json, write_bytes_atomic, write_json_atomic
+from ..data import Dataset
+from ..denoiser import terminal_snr_report
+from ..errors import UndiffuseError, UndiffuseWarning
+from ..outputs import drawable, write_samples
+from ..pipeline import BATCH, REGISTRIES, resolve_device
+from . import checkpoint
+from .recipe import Plan, Recipe, kind_of
+from .trainer import Diverged, Trainer
+
+PREVIEW_SEED = 0
+"""The noise of every preview, and ``undiffuse sample``'s default: a preview is what it would write (trap X8)."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is. ``loss`` is the mean in the last line of the metrics; ``total_images`` is None while a run with a
+    time budget measures its speed."""
+
+    step: int
+    images: int
+    total_images: int | None
+    loss: float | None
+    images_per_second: float
+    seconds_left: float | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    path: Path
+    state: str
+    step: int
+    images: int
+    seconds: float  # of training, over all its parts
+    loss: float | None  # mean over the last lines of metrics
+    model: Path
+    resumed_from: int  # 0: begun anew
+
+
+def run_training(
+    dataset: Dataset,
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    minutes: float | None = None,
+    data: str | None = None,
+    command: str = "",
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[Progress], None] = lambda progress: None,
+) -> Result:
+    """Train by ``recipe`` into the folder ``out``, or continue the run that is there.
+
+    Args:
+        seed: of everything that is drawn.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps``.
+        minutes: how long it may take; the speed of the first tenth decides the number of images, so that the learning
+            rate still ends where the recipe says. None: the recipe's number of images.
+        data: what the user called the data, for the records.
+        command: the command line, for the records.
+        say: called with each line for people; progress: called after each update.
+
+    Raises:
+        UndiffuseError: a folder that belongs to another run, or that another process trains into; a loss that is not
+            finite.
+        KeyboardInterrupt, SystemExit(143): SIGINT, SIGTERM, after the update has been finished and saved. A second
+            signal ends the process at once.
+    """
+    out = Path(out)
+    if minutes is not None and not minutes > 0:
+        raise UndiffuseError(f"minutes={minutes} must be positive")
+    if out.exists() and not out.is_dir():
+        raise UndiffuseError(f"{out}: a file; --out names a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file() and not (out / ".lock").is_file():
+        raise UndiffuseError(f"{out}: has files of something else; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with checkpoint.Lock(out):
+        run = _Run(dataset, recipe, out, seed, resolve_device(device), minutes, data or dataset.name, say, progress)
+        return run.train(command)
+
+
+class _Run:
+    """The state of :func:`run_training`."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        recipe: Recipe,
+        out: Path,
+        seed: int,
+        device: str,
+        minutes: float | None,
+        data: str,
+        say: Callable[[str], None],
+        progress: Callable[[Progress], None],
+    ) -> None:
+        self.out = out
+        self.recipe = recipe
+        self.minutes = minutes
+        self.data = data
+        self.progress = progress
+        self.checkpoints = out / "checkpoints"
+        self.identity = {
+            "recipe": to_json(recipe, REGISTRIES),
+            "seed": seed,
+            "minutes": minutes,
+            "dataset": {"fingerprint": dataset.fingerprint, "items": len(dataset), "spec": dataset.spec.to_json()},
+        }
+        found = checkpoint.newest(self.checkpoints)
+        if found is None and checkpoint.listed(self.checkpoints):
+            raise UndiffuseError(
+                f"{self.checkpoints}: none of the checkpoints is whole; restore one, or remove the folder to begin anew"
+            )
+        if found is not None:
+            self._check_same(found)
+        plan = Plan(None) if minutes is not None else None
+        self.trainer = Trainer(dataset, recipe, seed=seed, device=device, plan=plan)
+        self.seconds_before, self.last_loss = 0.0, None
+        if found is not None:
+            self.trainer.restore(found.snapshot(), str(found.path))
+            self.seconds_before, self.last_loss = found.state["seconds"], found.state["loss"]
+            if found.state["torch"] != torch.__version__:
+                warnings.warn(
+                    f"{found.path}: written with torch {found.state['torch']}, this is {torch.__version__}: the run "
+                    "goes on, but not bit by bit as it would have",
+                    UndiffuseWarning,
+                    stacklevel=4,
+                )
+        self.resumed_from = self.saved = self.trainer.step
+        self.last_good = found.path if found else None
+        self.speed = 0.0
+        self.log = _Lines(out / "log.txt")
+        self.metrics = _Lines(out / "metrics.jsonl")
+        self.tell = say
+        self.begun = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """A line for people, also kept in log.txt."""
+        self.log.append(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}")
+        self.tell(line)
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.begun
+
+    # --- from the first update to the last ----------------------------------------------------------------------------
+
+    def train(self, command: str) -> Result:
+        trainer, training = self.trainer, self.recipe.training
+        if trainer.finished:
+            self._export_if_older()
+            self._status("finished")
+            self.say(
+                f"{self.out}: finished already, after {trainer.images:,} images; choose another --out to train anew"
+            )
+            return self._result()
+        self._describe(command)
+        for line in header(trainer, self.out, self.data):
+            self.say(line)
+        if self.resumed_from:
+            self.say(f"resumed    after update {trainer.step:,}, {trainer.images:,} images")
+        self.metrics.truncate(lambda line: json.loads(line)["step"] <= trainer.step)
+        self._status("running")
+        previewed, written = trainer.step, time.monotonic()
+        logged = planning = time.monotonic()
+        logged_step, first = trainer.step, trainer.step
+        with _signals() as caught:
+            try:
+                for update in trainer.updates():
+                    now = time.monotonic()
+                    if trainer.plan.images is None:
+                        float(update.loss)  # waits for the device, so that the clock is right
+                        if update.step <= first + 2:
+                            planning = time.monotonic()  # the first updates are slower than the rest
+                        self._plan(update.step - first - 2, time.monotonic() - planning)
+                    last = trainer.finished
+                    if update.step % training.log_every == 0 or last:
+                        trainer.check()
+                        self.last_loss = trainer.mean_loss()
+                        now = time.monotonic()
+                        self.speed = (update.step - logged_step) * training.batch_size / max(1e-9, now - logged)
+                        self._record(update.lr, float(update.norm))
+                        logged, logged_step = now, update.step
+                    due = training.preview_every and update.step % training.preview_every == 0
+                    if due or (last and previewed < update.step):
+                        previewed = update.step
+                        trainer.check()
+                        self._preview()
+                        logged += time.monotonic() - now  # the speed is that of training alone
+                    due = training.checkpoint_every and update.step % training.checkpoint_every == 0
+                    if due and not last:
+                        now = time.monotonic()
+                        self._save()
+                        logged += time.monotonic() - now
+                    if now - written > 2:
+                        self._status("running")
+                        written = now
+                    self.progress(self._where())
+                    if caught:
+                        break
+                if self.saved < trainer.step:
+                    self._save(must=True)
+                if caught and not trainer.finished:
+                    self._status("stopped")
+                    self.say(f"stopped    after update {trainer.step:,}, saved; resume with the same command")
+                    raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(128 + caught[0])
+            except Diverged as error:
+                self._status("failed")
+                good = (
+                    f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no checkpoint yet"
+                )
+                self.log.append(f"failed: {error}")
+                raise Diverged(f"{self.out}: {error}; {good}") from None
+            except Exception:
+                self._status("failed")
+                raise
+        self._status("finished")
+        return self._result()
+
+    def _result(self) -> Result:
+        trainer = self.trainer
+        return Result(
+            path=self.out,
+            state="finished",
+            step=trainer.step,
+            images=trainer.images,
+            seconds=self.seconds,
+            loss=self.last_loss,
+            model=self.out / "model",
+            resumed_from=self.resumed_from,
+        )
+
+    def _plan(self, updates: int, seconds: float) -> None:
+        """Once a tenth of the time budget (at most 30 s) has been measured, decide how many images the run will see."""
+        assert self.minutes is not None
+        budget, batch = 60 * self.minutes, self.recipe.training.batch_size
+        if updates < 1 or seconds < min(0.1 * budget, 30):
+            return
+        left = max(0.0, budget - self.seconds) * 0.97  # previews and checkpoints take time too
+        more = max(1, int(left * updates / seconds))
+        total = self.trainer.images + more * batch
+        self.trainer.plan = Plan(total, self.trainer.images)
+        self.say(
+            f"planned    {total:,} images for {self.minutes:g} minutes at {updates * batch / seconds:,.0f} a second"
+        )
+
+    # --- what is written ----------------------------------------------------------------------------------------------
+
+    def _describe(self, command: str) -> None:
+        config = {"data": self.data, **self.identity, "undiffuse": __version__}
+        write_json_atomic(self.out / "config.json", config)
+        write_bytes_atomic(self.out / "command.txt", (command + "\n").encode())
+        environment = {
+            "undiffuse": __version__,
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "safetensors": safetensors.__version__,
+            "platform": platform.platform(),
+            "device": str(self.trainer.device),
+            "threads": torch.get_num_threads(),
+            "host": socket.gethostname(),
+        }
+        write_json_atomic(self.out / "env.json", environment)
+
+    def _status(self, state: str) -> None:
+        status = {
+            "state": state,
+            "step": self.trainer.step,
+            "images": self.trainer.images,
+            "total_images": self.trainer.plan.images,
+            "loss": _finite(self.last_loss),
+            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+        }
+        with _tolerant(f"{self.out / 'status.json'} could not be written"):
+            write_json_atomic(self.out / "status.json", status)
+
+    def _record(self, lr: float, norm: float) -> None:
+        row = {
+            "step": self.trainer.step,
+            "images": self.trainer.images,
+            "seconds": round(self.seconds, 3),
+            "loss": _finite(self.last_loss),
+            "lr": lr,
+            "grad_norm": _finite(norm),
+            "images_per_second": round(self.speed, 1),
+        }
+        self.metrics.append(json.dumps(row, allow_nan=False))
+
+    def _preview(self) -> None:
+        """What ``undiffuse sample`` would write for the average as it is now, by the very same path."""
+        pipeline, number = self.trainer.pipeline(), self.recipe.training.previews
+        suffix = ".png" if drawable(pipeline.spec) else ".npy"
+        target = self.out / "samples" / f"preview-{self.trainer.step:06d}{suffix}"
+        options = {} if number == 64 else {"number": number}
+        with _tolerant(f"no preview at update {self.trainer.step}"):
+            target.parent.mkdir(exist_ok=True)
+            write_samples(
+                target, pipeline, number, PREVIEW_SEED, None, pipeline.sampling, BATCH, None, str(self.out), options
+            )
+
+    def _save(self, must: bool = False) -> None:
+        """A checkpoint, and the averaged weights as ``model/``. A failure is an error only if it ``must`` succeed."""
+        run = {
+            "identity": self.identity,
+            "seconds": self.seconds,
+            "loss": _finite(self.last_loss),
+            "torch": torch.__version__,
+        }
+        snapshot = self.trainer.snapshot()
+        try:
+            self.last_good = checkpoint.save(self.checkpoints, snapshot, run, self.recipe.training.keep)
+            self.saved = self.trainer.step
+            self.metrics.flush()
+            self.trainer.pipeline().save(self.out / "model")
+        except OSError as error:
+            reason = f"{error.filename or self.out}: {error.strerror or error}"
+            kept = f"the last good one is {self.last_good}" if self.last_good else "there is none yet"
+            if must:
+                self._status("failed")
+                raise UndiffuseError(f"the checkpoint could not be saved ({reason}); {kept}") from None
+            self.say(f"warning: no checkpoint at update {self.trainer.step} ({reason}); {kept}; training goes on")
+
+    def _export_if_older(self) -> None:
+        """A crash between the last checkpoint and the export of its model leaves an older model, or none."""
+        try:
+            info = load_json(self.out / "model" / "pipeline.json")["info"]
+            fresh = info["step"] == self.trainer.step
+        except (UndiffuseError, KeyError, TypeError):
+            fresh = False
+        if not fresh:
+            self.trainer.pipeline().save(self.out / "model")
+
+    def _where(self) -> Progress:
+        trainer = self.trainer
+        total = trainer.plan.images
+        left = (total - trainer.images) / self.speed if total is not None and self.speed else None
+        return Progress(trainer.step, trainer.images, total, self.last_loss, self.speed, left)
+
+    def _check_same(self, found: checkpoint.Checkpoint) -> None:
+        """Refuse to continue a run with another recipe or other data (traps R6, RS-8)."""
+        there, here = found.state["identity"], json.loads(json.dumps(self.identity))
+        if there["dataset"] != here["dataset"]:
+            before, now = there["dataset"]["items"], here["dataset"]["items"]
+            counts = f"{before:,} items then, {now:,} now" if before != now else "other items, or prepared differently"
+            raise UndiffuseError(
+                f"{self.out}: its data have changed ({counts}); restore them, or start a new run with another --out"
+            )
+        difference = next(_differences(there, here), None)
+        if difference:
+            raise UndiffuseError(
+                f"{self.out}: holds a run with other settings ({difference}); repeat its command "
+                f"({self.out / 'command.txt'}) to continue it, or start a new run with another --out"
+            )
+
+
+def header(trainer: Trainer, out: Path, data: str) -> list[str]:
+    """Four lines: run, data and model, objective, optimiser."""
+    recipe, dataset, plan = trainer.recipe, trainer.dataset, trainer.plan
+    model, objective, optimiser, training = recipe.model, recipe.objective, recipe.optimiser, recipe.training
+    if plan.images is None:
+        length = "as many images as the time allows"
+    else:
+        epochs = plan.images / len(dataset)
+        length = f"{plan.images:,} images ({epochs:.3g} epochs)"
+    parts = f" in {training.accumulation} parts" if training.accumulation > 1 else ""
+    threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
+    dropped = f", {objective.condition_dropout:.0%} of conditions dropped" if trainer.config.conditions else ""
+    extras = (f", Huber {objective.huber:g}" if objective.huber else "") + (
+        f", offset noise {objective.offset_noise:g}" if objective.offset_noise else ""
+    )
+    ramp = "" if recipe.ema.ramp is None else f" (at most {recipe.ema.ramp:.0%} of the images seen)"
+    return [
+        f"run        {out}: {length} in batches of {training.batch_size}{parts}, recipe {recipe.name}, seed "
+        f"{trainer.seed}, {trainer.device}{threads}, {training.precision}",
+        f"data       {data}: {dataset.describe()}; {trainer.config.network} {model.size}, {recipe.cost(dataset.spec)}",
+        f"objective  {kind_of(model.prediction)} prediction, {kind_of(model.schedule)} schedule with "
+        f"{terminal_snr_report(model.schedule)}; {kind_of(objective.times)} times, {kind_of(objective.weight)} weight"
+        f"{dropped}{extras}",
+        f"optimiser  AdamW, learning rate {optimiser.lr:g}, warm-up {optimiser.warmup:,} images, {optimiser.decay} "
+        f"decay, gradient norm at most {optimiser.clip:g}; EMA half-life {recipe.ema.half_life:,} images{ramp}",
+    ]
+
+
+def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in [*there, *(key for key in here if key not in there)]:
+            yield from _differences(there.get(name), here.get(name), f"{path}.{name}" if path else name)
+    elif there != here:
+        yield f"{path}: {json.dumps(there)} there, {json.dumps(here)} here"
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and numpy.isfinite(value) else None
+
+
+@contextmanager
+def _tolerant(what: str) -> Iterator[None]:
+    """What is convenient but not needed: a failure is a warning, and training goes on."""
+    try:
+        yield
+    except (OSError, UndiffuseError) as error:
+        warnings.warn(f"{what} ({error}); training goes on", UndiffuseWarning, stacklevel=3)
+
+
+class _Lines:
+    """A text file that grows by whole lines; what cannot be written (disk full) is left out, with one warning."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.warned = False
+
+    def append(self, line: str) -> None:
+        try:
+            with self.path.open("ab") as file:
+                begin = file.tell()
+                try:
+                    file.write((line + "\n").encode())
+                    file.flush()
+                except OSError:
+                    with suppress(OSError):
+                        os.truncate(self.path, begin)
+                    raise
+        except OSError as error:
+            if not self.warned:
+                self.warned = True
+                warnings.warn(f"{self.path}: {error.strerror}; lines are missing", UndiffuseWarning, stacklevel=3)
+
+    def truncate(self, keep: Callable[[str], bool]) -> None:
+        """Keep the lines up to the first that should not be, or that is not whole."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            try:
+                if not line.endswith(b"\n") or not keep(line.decode()):
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            kept.append(line)
+        write_bytes_atomic(self.path, b"".join(kept))
+
+    def flush(self) -> None:
+        """To the disk."""
+        if self.path.exists():
+            with self.path.open("ab") as file:
+                os.fsync(file.fileno())
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The list of signals received: the first asks to stop after the update, the second ends the process at once."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught  # only the main thread may have handlers
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+
+    wanted = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGHUP] if os.name != "nt" else [])
+    before = {number: signal.signal(number, handle) for number in wanted}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

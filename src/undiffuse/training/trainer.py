@@ -1,0 +1,328 @@
+"""The training loop.
+
+    draw a batch, times and noise  ->  loss  ->  gradient  ->  AdamW  ->  average
+
+One object holds everything that changes (weights, optimiser, average, the count of updates), and everything else is a
+function of the count. So a trainer restored from :meth:`Trainer.snapshot` continues to the last bit as if it had never
+stopped (on a CPU; law 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Dataset
+from ..denoiser import Denoiser
+from ..errors import UndiffuseError
+from ..objectives import loss, offset_noise
+from ..pipeline import Pipeline
+from ..weights import check_fits
+from .draws import batch_indices, draw, lent
+from .ema import EMA
+from .recipe import Plan, Recipe, share
+
+
+class Diverged(UndiffuseError):
+    """The loss or a gradient was not finite; the update in which it happened changed nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What one update did. ``loss`` and ``norm`` stay on the device: reading them waits for it.
+
+    Attributes:
+        step, images: updates and images so far, this one included.
+        loss: mean over the batch.
+        norm: length of the gradient, before clipping.
+        lr: learning rate.
+    """
+
+    step: int
+    images: int
+    loss: Tensor
+    norm: Tensor
+    lr: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A trainer's whole state: named tensors in groups (``weights``, ``ema``, ``optimiser``), and JSON numbers."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    numbers: dict[str, Any]
+
+
+@final
+class Trainer:
+    """Trains one denoiser.
+
+    Args:
+        dataset, recipe: what and how.
+        seed: of the weights, the order of the data, times, noise and dropped conditions.
+        device: where.
+        plan: the length of the run, if not the recipe's.
+        denoiser: trained instead of the one that the recipe describes.
+        rank, world: this device computes its share of each batch. (Exchanging the gradients is not done here.)
+
+    Attributes:
+        step: updates done.
+        plan: may be set between updates, when a run with a time budget learns its length.
+        ema: the averaged weights, which are what is sampled from.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        recipe: Recipe,
+        *,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        plan: Plan | None = None,
+        denoiser: Denoiser | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if not len(dataset):
+            raise UndiffuseError(f"{dataset.name}: no items to train on")
+        self.dataset = dataset
+        self.recipe = recipe
+        self.seed = seed
+        self.device = torch.device(device)
+        self.rank = rank
+        self.world = world
+        self.plan = plan or Plan(recipe.training.images)
+        self.config = recipe.model.config(dataset.spec)
+        if denoiser is None:
+            with lent(seed, "weights", 0):
+                denoiser = self.config.build()
+        self.denoiser = denoiser.to(self.device).train()
+        self.parameters = dict(self.denoiser.named_parameters())
+        self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in denoiser.modules())
+        self.ema = EMA(self.denoiser)
+        if self.plan.images is not None:
+            recipe.ema.check_horizon(self.plan.images, recipe.training.batch_size)
+        choice = recipe.optimiser
+        self.optimiser = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=choice.lr,
+            betas=choice.betas,
+            eps=choice.eps,
+            weight_decay=choice.weight_decay,
+            fused=True,
+        )
+        self.step = 0
+        self.loss_sum = torch.zeros((), device=self.device)  # since the last call of mean_loss
+        self.loss_count = 0
+        self._first_bad = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._reader = ThreadPoolExecutor(1, "undiffuse-data")
+        self._coming: tuple[int, Future[tuple[Tensor, dict[str, Tensor]]]] | None = None
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    @property
+    def images(self) -> int:
+        """Images seen so far."""
+        return self.step * self.recipe.training.batch_size
+
+    @property
+    def finished(self) -> bool:
+        """Whether the plan has been fulfilled."""
+        return self.plan.images is not None and self.images >= self.plan.images
+
+    def updates(self) -> Iterator[Update]:
+        """Train to the end of the plan. Stop iterating to stop training."""
+        while not self.finished:
+            yield self.update()
+
+    def update(self) -> Update:
+        """One update. Raises :class:`Diverged` where the loss or the gradient is not finite (trap R8).
+
+        On accelerators that is found at the next call of :meth:`check`, so that no update waits for the device; until
+        then the optimiser does nothing.
+        """
+        objective, training = self.recipe.objective, self.recipe.training
+        size = training.batch_size
+        draws = draw(
+            self.seed, self.step, size, self.dataset.spec.shape, self.device, offset=objective.offset_noise > 0
+        )
+        x0, cond = self._batch()
+        eps = draws.noise
+        if draws.offset is not None:
+            eps = offset_noise(eps, draws.offset, objective.offset_noise)
+        t = objective.times(draws.times, self.denoiser.schedule)
+        if cond:
+            cond = self.denoiser.conditions.drop(cond, draws.drop, objective.condition_dropout)
+        lr = self.recipe.optimiser.rate(self.images, self.images + size, self.plan)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+
+        total = torch.zeros((), device=self.device)
+        mine = share(size, self.rank, self.world)
+        with lent(self.seed, "dropout", self.step, self.device) if self.has_dropout else nullcontext():
+            for part in range(training.accumulation):
+                inner = share(mine.stop - mine.start, part, training.accumulation)
+                rows = slice(mine.start + inner.start, mine.start + inner.stop)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
+                    each = loss(
+                        self.denoiser,
+                        x0[rows],
+                        t[rows],
+                        eps[rows],
+                        objective.weight,
+                        huber=objective.huber,
+                        **{name: values[rows] for name, values in cond.items()},
+                    )
+                portion = each.sum() / size
+                portion.backward()
+                total += portion.detach()
+
+        # A distributed trainer averages the gradients over the devices here.
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.optimiser.clip)
+        bad = ~(norm.isfinite() & total.isfinite())
+        self._first_bad = torch.where((self._first_bad == 0) & bad, self.step + 1, self._first_bad)
+        # AdamW's kernel looks at this flag on the device and does nothing if it is set (loss scaling uses it too).
+        self.optimiser.found_inf = (self._first_bad > 0).float()  # pyrefly: ignore
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.device.type == "cpu":
+            self.check()
+        self.step += 1
+        self.ema.update(self.recipe.ema.decay(self.images, size))
+        self.loss_sum += total
+        self.loss_count += 1
+        if self.step == 1:
+            self._check_inputs_matter(x0[:2], cond)
+        return Update(self.step, self.images, total, norm, lr)
+
+    def check(self) -> None:
+        """Raise :class:`Diverged` if an update so far was not finite."""
+        step = int(self._first_bad)
+        if step:
+            raise Diverged(
+                f"the loss or its gradient is not finite in update {step} (seed {self.seed}): lower optimiser.lr, "
+                "lengthen optimiser.warmup, or look for extreme values in the data"
+            )
+
+    def mean_loss(self) -> float:
+        """The mean loss since the last call; waits for the device."""
+        mean = float(self.loss_sum) / max(1, self.loss_count)
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+        self.loss_count = 0
+        return mean
+
+    def pipeline(self, info: dict[str, Any] | None = None) -> Pipeline:
+        """What has been learned, ready to sample: the averaged weights. It shares them; training moves them on."""
+        seen = {"images": self.images, "step": self.step, "seed": self.seed, "data": self.dataset.name}
+        ema = {"ema_half_life": self.recipe.ema.half_life, "ema_ramp": self.recipe.ema.ramp}
+        sampling = self.recipe.sampling
+        if not self.config.conditions:
+            sampling = replace(sampling, guidance_scale=1.0)  # nothing to guide to
+        return Pipeline(
+            self.ema.denoiser,
+            self.config,
+            self.dataset.spec,
+            sampling,
+            {**seen, **ema, "recipe": self.recipe.name, **(info or {})},
+        )
+
+    # --- the state ----------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """Everything that a restored trainer needs, between two updates. Raises :class:`Diverged` rather than give
+        weights that are not finite."""
+        self.check()
+        moments = {
+            f"{name}/{key}": value
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimiser.state[parameter].items()
+        }
+        tensors = {"weights": self.denoiser.state_dict(), "ema": self.ema.denoiser.state_dict(), "optimiser": moments}
+        for group in tensors.values():
+            for name, tensor in group.items():
+                if not bool(tensor.isfinite().all()):
+                    raise Diverged(f"{name} is not finite after update {self.step} (seed {self.seed})")
+        numbers = {
+            "step": self.step,
+            "plan": {"images": self.plan.images, "start": self.plan.start},
+            "loss_sum": float(self.loss_sum),
+            "loss_count": self.loss_count,
+        }
+        return Snapshot(tensors, numbers)
+
+    def restore(self, snapshot: Snapshot, where: str) -> None:
+        """Continue from a snapshot. ``where`` names its file in messages; if it does not fit, nothing changes."""
+        wanted = {
+            "weights": self.denoiser.state_dict(),
+            "ema": self.ema.denoiser.state_dict(),
+            "optimiser": {
+                f"{name}/{key}": like
+                for name, p in self.parameters.items()
+                for key, like in (("step", p.new_zeros(())), ("exp_avg", p), ("exp_avg_sq", p))
+            },
+        }
+        for group, tensors in wanted.items():
+            given = {name: tuple(t.shape) for name, t in snapshot.tensors[group].items()}
+            check_fits({name: tuple(t.shape) for name, t in tensors.items()}, given, f"{where}/{group}")
+        self.denoiser.load_state_dict(snapshot.tensors["weights"])
+        self.ema.denoiser.load_state_dict(snapshot.tensors["ema"])
+        for name, p in self.parameters.items():
+            self.optimiser.state[p] = {
+                key: snapshot.tensors["optimiser"][f"{name}/{key}"].to(self.device, copy=True)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+        numbers = snapshot.numbers
+        self.step = numbers["step"]
+        self.plan = Plan(**numbers["plan"])
+        self.loss_sum = torch.tensor(numbers["loss_sum"], dtype=torch.float32, device=self.device)
+        self.loss_count = numbers["loss_count"]
+
+    # --- its parts ----------------------------------------------------------------------------------------------------
+
+    def _batch(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The batch of this step on the device; the next one is read meanwhile."""
+        step, future = self._coming or (-1, None)
+        if future is None or step != self.step:
+            future = self._reader.submit(self._read, self.step)
+        x0, cond = future.result()
+        self._coming = (self.step + 1, self._reader.submit(self._read, self.step + 1))
+        return x0.to(self.device, non_blocking=True), {
+            name: values.to(self.device, non_blocking=True) for name, values in cond.items()
+        }
+
+    def _read(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        indices = batch_indices(self.seed, step, self.recipe.training.batch_size, len(self.dataset))
+        x0, cond = self.dataset.batch(indices)
+        wanted = () if self.denoiser.conditions is None else self.denoiser.conditions.names
+        return x0, {name: values for name, values in cond.items() if name in wanted}
+
+    @torch.no_grad()
+    def _check_inputs_matter(self, x0: Tensor, cond: dict[str, Tensor]) -> None:
+        """After the first update the output must change with the level and with each condition (trap O5)."""
+        self.denoiser.eval()
+        x = x0[:1].expand(2, *x0.shape[1:])
+        null = self.denoiser.null(2)
+        late = self.denoiser.schedule(torch.tensor([0.5, 0.9], dtype=torch.float64))
+        here = self.denoiser.schedule(torch.tensor(0.5, dtype=torch.float64))
+        y, _ = self.denoiser.output(x, late, **null)
+        if torch.equal(y[0], y[1]):
+            raise UndiffuseError(
+                "the network ignores its noise level: its output at t = 0.5 and 0.9 is the same to the last bit after "
+                "an update, so it cannot learn to denoise; use the label that the network is called with"
+            )
+        _, values = self._read(0)
+        for name in cond:
+            real = {**null, name: torch.stack([null[name][0], values[name][0].to(self.device)])}
+            y, _ = self.denoiser.output(x, here, **real)
+            if torch.equal(y[0], y[1]):
+                raise UndiffuseError(
+                    f"the network ignores the condition {name!r}: its output is the same with and without it; use the "
+                    "vector that the network is called with, or train with model.conditional=false"
+                )
+        self.denoiser.train()
