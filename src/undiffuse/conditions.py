@@ -14,7 +14,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from .errors import UndiffuseError
+from .errors import UndiffuseError, choose
 
 
 class Condition(nn.Module, ABC):
@@ -57,8 +57,11 @@ class Classes(Condition):
     def check(self, values: Tensor) -> Tensor:
         if values.dtype.is_floating_point or values.ndim != 1:
             raise UndiffuseError(f"classes must be integers [B], got {values.dtype} of shape {list(values.shape)}")
-        if bool(((values < 0) | (values > self.classes)).any()):
-            raise UndiffuseError(f"class {int(values.max())} does not exist: this model has 0 to {self.classes - 1}")
+        wrong = (values < 0) | (values > self.classes)
+        if bool(wrong.any()):
+            raise UndiffuseError(
+                f"class {int(values[wrong][0])} does not exist: this model has 0 to {self.classes - 1}"
+            )
         return values
 
     def null(self, batch: int) -> Tensor:
@@ -129,7 +132,8 @@ class Conditions(nn.Module):
         parts = {}
         for name, fields in config.items():
             numbers = {key: int(value) for key, value in fields.items() if key != "kind"}
-            parts[name] = CONDITIONS[str(fields["kind"])](width=width, **numbers)  # type: ignore[call-arg]
+            kind = choose("kind of condition", str(fields.get("kind")), CONDITIONS)
+            parts[name] = kind(width=width, **numbers)  # type: ignore[call-arg]
         return Conditions(parts)
 
     @property
@@ -160,5 +164,5 @@ class Conditions(nn.Module):
         kept = {}
         for name, value in values.items():
             dropped = (u < rate).to(value.device).reshape((-1,) + (1,) * (value.ndim - 1))
-            kept[name] = torch.where(dropped, null[name].to(value), value)
+            kept[name] = torch.where(dropped, null[name].to(value.device), value)
         return kept

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UndiffuseError, UndiffuseWarning, unknown
-from .levels import Estimate, Level, spread
+from .levels import Estimate, Level, combine
 from .predictions import Prediction
 from .schedules import Schedule
 
@@ -134,6 +134,7 @@ class Denoiser(nn.Module):
         learned_variance: bool = False,
     ) -> None:
         super().__init__()
+        schedule.check()
         prediction.check(schedule)
         self.network = network
         self.schedule = schedule
@@ -164,9 +165,15 @@ class Denoiser(nn.Module):
         """What the network says, ``y`` in x's type, and the learned variance's place in [0, 1] (None without one)."""
         encoded = self.encode(cond, x.shape[0])
         dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
-        scaled = spread(self.input_scale(level), x) * x
+        scaled = combine((self.input_scale(level), x))
         label = self.label(level).to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
         y = self.network(scaled.to(dtype), label.expand(x.shape[0]), **encoded).to(x.dtype)
+        expected = (x.shape[0], 2 * x.shape[1], *x.shape[2:]) if self.learned_variance else x.shape
+        if y.shape != expected:  # it might broadcast
+            raise UndiffuseError(
+                f"the network returned {list(y.shape)} for x {list(x.shape)}: {list(expected)} is expected"
+                + (" (twice the channels: learned variance)" if self.learned_variance else "")
+            )
         if not self.learned_variance:
             return y, None
         y, variance = y.chunk(2, dim=1)
@@ -207,6 +214,6 @@ def rescheduled(denoise: Denoise, trained: Schedule) -> Denoise:
     def on_other(x: Tensor, level: Level) -> Estimate:
         there = trained(trained.time_at(level.log_snr))
         ratio = torch.hypot(there.alpha, there.sigma) / torch.hypot(level.alpha, level.sigma)
-        return denoise(spread(ratio, x) * x, there)
+        return denoise(combine((ratio, x)), there)
 
     return on_other

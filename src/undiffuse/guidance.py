@@ -59,7 +59,7 @@ def interval(scale: float, low: float, high: float) -> Callable[[Level], Tensor]
 
     def at(level: Level) -> Tensor:
         ratio = level.sigma / level.alpha
-        return torch.where((ratio > low) & (ratio <= high), scale, 1.0).to(torch.float64)
+        return torch.where((ratio > low) & (ratio <= high), torch.tensor(scale, dtype=torch.float64), 1.0)
 
     return at
 
@@ -86,14 +86,15 @@ def rescale(guided: Denoise, cond: Denoise, phi: float = 0.7) -> Denoise:
 
     def rescaled(x: Tensor, level: Level) -> Estimate:
         g, c = guided(x, level), cond(x, level)
-        factor = _deviation(c.x0) / _deviation(g.x0)
+        wide = _deviation(g.x0)
+        factor = torch.where(wide > 0, _deviation(c.x0) / wide, 1.0)  # a constant has no deviation to bring back
         return g.with_x0(g.x0 * (phi * factor + (1 - phi)), level)
 
     return rescaled if phi else guided  # 0 costs nothing and changes no bit
 
 
 def _deviation(x: Tensor) -> Tensor:
-    return x.flatten(1).std(1).reshape((-1,) + (1,) * (x.ndim - 1))
+    return x.flatten(1).std(1, correction=0).reshape((-1,) + (1,) * (x.ndim - 1))
 
 
 def threshold(denoise: Denoise, low: float, high: float, percentile: float | None = None) -> Denoise:
@@ -114,9 +115,9 @@ def threshold(denoise: Denoise, low: float, high: float, percentile: float | Non
             x0 = e.x0.clamp(low, high)
         else:
             # kthvalue, as torch.quantile refuses more than 16 M elements.
-            flat = e.x0.abs().flatten(1).float()
+            flat = e.x0.abs().flatten(1)
             k = max(1, min(flat.shape[1], round(percentile * flat.shape[1])))
-            s = (flat.kthvalue(k, dim=1).values / high).clamp(min=1.0).to(e.x0.dtype)
+            s = (flat.kthvalue(k, dim=1).values / high).clamp(min=1.0)
             s = s.reshape((-1,) + (1,) * (x.ndim - 1))
             x0 = (e.x0 / s).clamp(low, high)
         return e.with_x0(x0, level)

@@ -12,6 +12,7 @@ any other. The ODE is the probability-flow ODE of Song et al. 2021 (arXiv:2011.1
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -83,7 +84,7 @@ class Level:
     sigma: Tensor
     path: Path
 
-    @property
+    @cached_property
     def log_snr(self) -> Tensor:
         """``log(alpha^2 / sigma^2)``; +inf at sigma = 0, -inf at alpha = 0."""
         return 2 * (self.alpha.log() - self.sigma.log())
@@ -93,10 +94,14 @@ class Level:
         """``alpha^2 / sigma^2``, inf at sigma = 0."""
         return (self.alpha / self.sigma) ** 2
 
-    @property
+    @cached_property
     def is_data(self) -> bool:
-        """True when no noise is left in any sample."""
-        return not bool(self.sigma.any())
+        """True when no noise is left; raises for a batch in which that is so for some samples only, since the last step
+        is another one than those before it."""
+        clean = self.sigma == 0
+        if bool(clean.any()) and not bool(clean.all()):
+            raise UndiffuseError("some samples of this batch end at sigma = 0 and others do not: step them apart")
+        return bool(clean.all())
 
     def mix(self, x0: Tensor, eps: Tensor) -> Tensor:
         """The forward process ``alpha * x0 + sigma * eps``, in float32 or better (trap P3)."""
@@ -128,6 +133,10 @@ class Estimate:
     x0: Tensor
     eps: Tensor
     variance: Tensor | None = None
+
+    def at(self, level: Level) -> Tensor:
+        """What x would be at ``level`` if these beliefs held, ``alpha * x0 + sigma * eps``, in x0's own type."""
+        return combine((level.alpha, self.x0), (level.sigma, self.eps))
 
     def with_x0(self, x0: Tensor, level: Level) -> Estimate:
         """The pair that explains the same x with this x0: eps moves along, so that the two never disagree (trap S18).

@@ -59,6 +59,8 @@ class Streams:
         return out if like is None else out.to(like.device, like.dtype)
 
     def __call__(self, x: Tensor, here: Level, there: Level) -> Tensor:
+        if len(self.generators) != x.shape[0]:
+            raise UndiffuseError(f"noise for {len(self.generators)} samples was asked for a batch of {x.shape[0]}")
         return self.draw(x.shape[1:], x)
 
 

@@ -37,7 +37,9 @@ class Times(ABC):
     @final
     def __call__(self, u: Tensor, schedule: Schedule) -> Tensor:
         """As :meth:`quantile`, kept inside the levels that the schedule has: [first, 1]."""
-        return self.quantile(u.double(), schedule).clamp(schedule.first, 1.0)
+        # torch.rand does return 0 once in 2^24 times, where a quantile may be infinite.
+        u = u.cpu().double().clamp(1e-9, 1 - 1e-9)
+        return self.quantile(u, schedule).clamp(schedule.first, 1.0)
 
 
 @dataclass(frozen=True)
@@ -201,23 +203,32 @@ def loss(
             :func:`offset_noise` for a wider mean).
         weight: how much each level counts.
         huber: the constant c of the pseudo-Huber distance ``sqrt(|e|^2 + c^2) - c`` on the whole sample's error
-            (Song & Dhariwal 2023, arXiv:2310.14189, eq. 7; about ``0.00054 sqrt(D)``); None: the mean squared error.
+            (Song & Dhariwal 2023, arXiv:2310.14189, eq. 7; about ``0.00054 sqrt(D)``), here divided by sqrt(D) so that
+            its size does not grow with the sample; None: the mean squared error.
         cond: the conditions, with some already dropped to null.
 
-    With learned variance the hybrid objective of improved DDPM is added (:func:`variance_loss`, times 0.001).
+    With learned variance the variational bound is added as in improved DDPM's hybrid objective: 0.001 times the sum of
+    :func:`variance_loss` over all steps (those of a table, or 1000).
     """
+    if x0.dtype in (torch.float16, torch.bfloat16):
+        x0, eps = x0.float(), eps.float()  # the target deserves what mix does to x
     level = denoiser.schedule(t)
     x = level.mix(x0, eps)
     y, variance = denoiser.output(x, level, **cond)
     error = (y - denoiser.prediction.target(x0, eps, level)).float().flatten(1)
     distance = error.square().mean(1)
     if huber is not None:
+        if not huber > 0:
+            raise UndiffuseError(f"the Huber constant must be positive, got {huber}")
         squared = error.square().sum(1)
         distance = (torch.sqrt(squared + huber**2) - huber) / error.shape[1] ** 0.5
     result = spread(weight(level, denoiser.prediction), distance) * distance
     if variance is not None:
         x0_hat = denoiser.prediction.estimate(x, y.detach(), level).x0
-        result = result + 0.001 * variance_loss(denoiser.schedule, x0, level, x0_hat, variance)
+        # The bound is the sum over all steps, of which one is drawn.
+        first = denoiser.schedule.first
+        steps = round(1 / first) if first else 1000
+        result = result + 0.001 * steps * variance_loss(denoiser.schedule, x0, level, x0_hat, variance, steps)
     return result
 
 

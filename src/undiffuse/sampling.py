@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoise
+from .errors import UndiffuseError
 from .grids import Grid, Uniform
 from .levels import Estimate, Level
 from .noise import Streams
@@ -66,8 +67,11 @@ def trajectory(denoise: Denoise, x: Tensor, levels: Sequence[Level], solver: Sol
     """The frames from ``x`` at ``levels[0]`` to the sample at ``levels[-1]``: ``len(levels)`` of them, the start
     included.
 
-    Stop iterating to cancel. No gradients are recorded.
+    Stop iterating to cancel. No gradients are recorded. Levels may also rise, from data to noise (inversion), for
+    solvers that draw no noise.
     """
+    if solver.stochastic and any(bool((b.t > a.t).any()) for a, b in pairwise(levels)):
+        raise UndiffuseError(f"{type(solver).__name__} draws noise, so it cannot go from data up to noise")
     memory, calls = None, 0
     yield Frame(x, levels[0], 0, None, 0)
     for index, (here, there) in enumerate(pairwise(levels), start=1):
@@ -91,9 +95,13 @@ def sample(
 ) -> Tensor:
     """``[B, *shape]`` samples: noise at the first level of the grid, then the trajectory to its end.
 
-    ``samples`` is how many, or their numbers; sample i is a function of ``(seed, i)``.
+    ``samples`` is how many, or their numbers; sample i is a function of ``(seed, i)``. ``like`` gives the device and
+    type of the result; on the way there it is float32 or better.
     """
     noise = Streams(seed, samples)
     levels = grid.levels(schedule, steps)
-    x = start(levels[0], noise.draw(shape, like))
-    return deque(trajectory(denoise, x, levels, solver, noise), maxlen=1).pop().x
+    x = start(levels[0], noise.draw(shape))
+    if like is None:
+        like = x
+    x = x.to(like.device, torch.promote_types(like.dtype, x.dtype))
+    return deque(trajectory(denoise, x, levels, solver, noise), maxlen=1).pop().x.to(like.dtype)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from math import pi
+from math import inf, pi
 from typing import final
 
 import torch
@@ -76,6 +76,19 @@ class Schedule(ABC):
         return torch.where(log_snr == end, 1.0, torch.where(log_snr == start, 0.0, t))
 
     @final
+    def check(self) -> None:
+        """Refuse coefficients that are no schedule: both finite and >= 0, alpha = 1 and sigma = 0 at t = 0, the log-SNR
+        falling all the way."""
+        level = self(torch.linspace(0, 1, 257, dtype=torch.float64))
+        pair = torch.stack([level.alpha, level.sigma])
+        sound = pair.isfinite().all() and (pair >= 0).all() and (level.log_snr[1:] < level.log_snr[:-1]).all()
+        if not bool(sound) or pair[:, 0].tolist() != [1.0, 0.0]:
+            raise UndiffuseError(
+                f"{self} is not a schedule: from alpha = 1, sigma = 0 at t = 0 the signal-to-noise ratio must fall all "
+                "the way to t = 1, with finite alpha and sigma, none below 0"
+            )
+
+    @final
     @property
     def terminal_snr(self) -> float:
         """``alpha^2/sigma^2`` at t = 1: the signal that is left when sampling starts from pure noise (traps S7, S8)."""
@@ -99,7 +112,12 @@ class Table(Schedule):
 
     def angles(self) -> Tensor:
         """phi_0..phi_T with alpha_bar_i = prod(1 - beta_j) = cos^2 phi_i."""
-        log_alpha_bar = torch.log1p(-self.betas()).cumsum(0)
+        betas = self.betas()
+        if not len(betas) or not bool(((betas > 0) & (betas <= 1)).all()):
+            raise UndiffuseError(
+                f"{type(self).__name__} with {len(betas)} steps has betas outside (0, 1]: take more steps"
+            )
+        log_alpha_bar = torch.log1p(-betas).cumsum(0)
         angles = torch.atan2(torch.sqrt(-torch.expm1(log_alpha_bar)), torch.exp(log_alpha_bar / 2))
         return torch.cat([angles.new_zeros(1), angles])
 
@@ -183,6 +201,7 @@ class BetaTable(Table):
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "values", tuple(float(beta) for beta in self.values))  # a list will do
         if not self.values or not all(0 < beta <= 1 for beta in self.values):
             raise UndiffuseError("a table of betas needs at least one number, each in (0, 1]")
 
@@ -379,7 +398,7 @@ class Shifted(Schedule):
     shift: float
 
     def __post_init__(self) -> None:
-        if not self.shift > 0:
+        if not 0 < self.shift < inf:
             raise UndiffuseError(f"shift must be positive, got {self.shift}")
 
     @property

@@ -17,12 +17,12 @@ from .heun import Heun
 
 @dataclass(frozen=True)
 class Churn(Solver):
-    """Before each step raise sigma/alpha by the factor ``1 + gamma`` with fresh noise, gamma = min(amount/steps, sqrt
-    2 - 1).
+    """Before each step raise sigma/alpha by the factor ``1 + gamma`` with fresh noise, gamma = min(amount, sqrt 2 - 1).
+    Where the schedule ends below the raised level, the step is the inner one.
 
     Attributes:
         inner: the solver that then steps; one without memory, since the sample is moved off its path.
-        amount: S_churn divided by the number of steps, the factor's excess; 0 is ``inner`` alone.
+        amount: S_churn divided by the number of steps; 0 is ``inner`` alone.
         low, high: the range of sigma/alpha in which noise is added (S_tmin, S_tmax).
         deviation: S_noise, the deviation of the added noise.
     """
@@ -49,7 +49,12 @@ class Churn(Solver):
         gamma = min(self.amount, sqrt(2) - 1)
         ratio = here.sigma / here.alpha
         end = here.path(1.0)
-        inside = (ratio >= self.low) & (ratio <= self.high) & (ratio * (1 + gamma) <= end.sigma / end.alpha)
+        inside = (
+            (ratio >= self.low)
+            & (ratio <= self.high)
+            & (here.alpha > 0)
+            & (ratio * (1 + gamma) <= end.sigma / end.alpha)
+        )
         if gamma > 0 and bool(inside.any()):
             raised = torch.where(
                 inside, here.log_snr - 2 * torch.log(torch.tensor(1 + gamma, dtype=torch.float64)), here.log_snr

@@ -35,7 +35,7 @@ class DDIM(Solver):
     """DDIM with noise ``eta`` (Song et al. 2020, eq. 12 and 16): 0 is Euler, 1 is DDPM's ancestral step, fixed small
     variance."""
 
-    eta: float = 1.0
+    eta: float = 0.0
     order = 1
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class DDIM(Solver):
     def step(self, x: Tensor, here: Level, there: Level, memory: Any, noise: Noise) -> Step:
         e = yield x, here
         if there.is_data or self.eta == 0:
-            return there.mix(e.x0, e.eps), None
+            return e.at(there), None
         variance = self.eta**2 * posterior_variance(here, there)
         z = noise(x, here, there)
         kept = torch.sqrt((there.sigma**2 - variance).clamp(min=0))
@@ -66,7 +66,7 @@ class DDPMLarge(Solver):
     def step(self, x: Tensor, here: Level, there: Level, memory: Any, noise: Noise) -> Step:
         e = yield x, here
         if there.is_data:
-            return there.mix(e.x0, e.eps), None
+            return e.at(there), None
         kept = torch.sqrt((there.sigma**2 - posterior_variance(here, there)).clamp(min=0))
         z = noise(x, here, there)
         return combine((there.alpha, e.x0), (kept, e.eps), (torch.sqrt(forward_variance(here, there)), z)), None
@@ -85,9 +85,8 @@ class DDPMLearned(Solver):
         if e.variance is None:
             raise UndiffuseError("ddpm_learned needs a model with learned variance; use ddpm or ddpm_large")
         if there.is_data:
-            return there.mix(e.x0, e.eps), None
+            return e.at(there), None
         small, large = posterior_variance(here, there), forward_variance(here, there)
         kept = torch.sqrt((there.sigma**2 - small).clamp(min=0))
-        log_deviation = combine((small.log() / 2, torch.ones_like(x)), ((large.log() - small.log()) / 2, e.variance))
-        z = noise(x, here, there)
-        return combine((there.alpha, e.x0), (kept, e.eps)) + torch.exp(log_deviation) * z, None
+        z = noise(x, here, there) * torch.exp(combine(((large.log() - small.log()) / 2, e.variance)))
+        return combine((there.alpha, e.x0), (kept, e.eps), (torch.sqrt(small), z)), None

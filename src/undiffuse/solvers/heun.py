@@ -20,7 +20,7 @@ class Heun(Solver):
 
     def step(self, x: Tensor, here: Level, there: Level, memory: Any, noise: Noise) -> Step:
         e = yield x, here
-        euler = there.mix(e.x0, e.eps)
+        euler = e.at(there)
         if there.is_data:
             return euler, None
         f = yield euler, there
