@@ -31,13 +31,21 @@ class Solver(ABC):
 
     Attributes:
         order: how the error falls with the step size h on smooth problems, error ~ h^order; measured by the tests.
+            Of a stochastic solver, the error of the distribution.
         stochastic: whether it draws noise.
         calls: estimates asked for in one step (the last step may ask for fewer).
+        extra: estimates that the first steps ask for on top of that, all together.
+        adaptive: it divides a step as its tolerance demands, so ``calls`` is the least.
+        distilled: it wants a model whose x0 is a sample, not a mean (consistency models); with an ordinary denoiser it
+            does not converge, and ``order`` is 0.
     """
 
-    order: ClassVar[int] = 1
-    stochastic: ClassVar[bool] = False
-    calls: ClassVar[int] = 1
+    order: int = 1
+    stochastic: bool = False
+    calls: int = 1
+    extra: int = 0
+    adaptive: ClassVar[bool] = False
+    distilled: ClassVar[bool] = False
 
     @abstractmethod
     def step(self, x: Tensor, here: Level, there: Level, memory: Any, noise: Noise) -> Step:
