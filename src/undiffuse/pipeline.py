@@ -19,7 +19,7 @@ from typing import Any, Literal, final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .conditions import Conditions
 from .config import from_json, load_json, to_json, write_json_atomic
@@ -68,13 +68,25 @@ class ModelConfig:
     conditions: dict[str, dict[str, Any]] = field(default_factory=dict)
     learned_variance: bool = False
 
+    def modules(self) -> nn.ModuleDict:
+        """What has weights, named as in a denoiser's state: the network and, if there are any, the conditions."""
+        modules = nn.ModuleDict({"network": build(self.network, self.network_config)})
+        if self.conditions:
+            width = int(self.network_config.get("condition_width", 0))
+            modules["conditions"] = Conditions.build(self.conditions, width)
+        return modules
+
     def build(self) -> Denoiser:
         """A denoiser with fresh weights (drawn from torch's global generator, as every module's are)."""
-        network = build(self.network, self.network_config)
-        width = int(self.network_config.get("condition_width", 0))
-        conditions = Conditions.build(self.conditions, width) if self.conditions else None
+        modules = self.modules()
         return Denoiser(
-            network, self.schedule, self.prediction, self.label, self.input_scale, conditions, self.learned_variance
+            modules["network"],
+            self.schedule,
+            self.prediction,
+            self.label,
+            self.input_scale,
+            modules["conditions"] if self.conditions else None,
+            self.learned_variance,
         )
 
 
@@ -193,7 +205,7 @@ class Pipeline:
         sampling = from_json(Sampling, stated["sampling"], str(described), REGISTRIES)
         spec = DataSpec.from_json(stated["data"])
         with torch.device("meta"):
-            wanted = shapes(config.build().state_dict())
+            wanted = shapes(config.modules().state_dict())
         check_fits(wanted, header.shapes, str(weights))  # before anything of the declared size is allocated
         with torch.random.fork_rng(
             devices=[]
@@ -343,9 +355,9 @@ class Pipeline:
 
 
 def find_pipeline(path: str | Path) -> Path:
-    """The pipeline folder that ``path`` means: itself, or the ``model/`` inside a run folder."""
+    """The pipeline folder that ``path`` means: itself, the ``model/`` of a run folder, or of a run in ./runs."""
     path = Path(path)
-    for folder in (path, path / "model"):
+    for folder in (path, path / "model", Path("runs") / path / "model"):
         if (folder / "pipeline.json").is_file():
             return folder
     if not path.exists():
