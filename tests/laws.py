@@ -12,13 +12,14 @@ which divides by neither alpha nor sigma. Everything is float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
-from math import log, log2
+from math import inf, log, log2
 from typing import Any
 
 import torch
+from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from undiffuse.denoiser import Denoise, InputScale, Label
@@ -180,76 +181,78 @@ def worst(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
+def unadaptive(solver: Solver) -> Solver:
+    """An adaptive solver that takes every step of the grid whole; any other as it is."""
+    return replace(solver, tolerance=inf) if solver.adaptive else solver  # type: ignore[call-arg]
+
+
 def at_ratios(schedule: Schedule, ratios: Tensor) -> list[Level]:
     """The levels of a schedule with these sigma/alpha."""
     return list(schedule(schedule.time_at(-2 * ratios.log())))
 
 
-def exact_path(x: Tensor, here: Level, there: Level, substeps: int) -> Tensor:
-    """The probability-flow ODE of PLANE from one level to another by classical Runge-Kutta in log(sigma/alpha), with no
-    code under test but the coefficients: y = x/alpha, dy/ds = (y - D)/s."""
-    schedule = EDM()
-    s0, s1 = (float((level.sigma / level.alpha).log()) for level in (here, there))
-    h = (s1 - s0) / substeps
+def exact_path(x: Tensor, here: Level, stops: Sequence[Level]) -> list[Tensor]:
+    """PLANE's probability-flow ODE from ``x`` at ``here`` to each of ``stops``, on the way down or up: scipy's DOP853
+    in u = log(sigma/alpha), with no code under test. With y = x/alpha, dy/du = y - E[x0|y]."""
 
-    def slope(u: float, y: Tensor) -> Tensor:
-        s = tensor(u).exp()
-        return y - PLANE.posterior(y, Level(s, tensor(1.0), s, schedule))[1]
+    def u(level: Level) -> float:
+        return float((level.sigma / level.alpha).log())
 
-    y = x / here.alpha
-    for i in range(substeps):
-        u = s0 + i * h
-        k1 = slope(u, y)
-        k2 = slope(u + h / 2, y + h / 2 * k1)
-        k3 = slope(u + h / 2, y + h / 2 * k2)
-        k4 = slope(u + h, y + h * k3)
-        y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-    return y * there.alpha
+    def slope(u: float, y: Any) -> Any:
+        s, rows = tensor(u).exp(), torch.from_numpy(y).reshape(x.shape)
+        return (rows - PLANE.posterior(rows, Level(s, tensor(1.0), s, EDM()))[1]).flatten().numpy()
+
+    times = [u(level) for level in stops]
+    start = (x / here.alpha).flatten().numpy()
+    path = solve_ivp(slope, (u(here), times[-1]), start, "DOP853", times, rtol=1e-13, atol=1e-14)
+    assert path.success, path.message
+    return [torch.from_numpy(y.copy()).reshape(x.shape) * at.alpha for y, at in zip(path.y.T, stops, strict=True)]
 
 
 # --- Law 2: order -----------------------------------------------------------------------------------------------------
 
-MOST, LEAST, HISTORY = 3.0, 0.05, 6
+MOST, LEAST = 3.0, 0.05
+# The past, in steps: it begins with tiny ones, in which even a method that corrects its own past makes no error.
+PAST = torch.tensor([2.0**-i for i in range(12, 0, -1)] + [1.0] * 5, dtype=F64)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=16)
 def _order_problem(schedule: Schedule, steps: int) -> tuple[list[Level], list[Tensor], Tensor]:
-    """The levels of ``HISTORY`` steps before sigma/alpha = MOST and ``steps`` after it, equal in log-SNR; the exact
-    samples at the first ``HISTORY + 1`` of them; the exact sample at the end."""
+    """The levels of the PAST before sigma/alpha = MOST and of ``steps`` steps after it, equal in log-SNR; the exact
+    samples at those of the past and at MOST; the exact sample at the end."""
     h = log(LEAST / MOST) / steps
-    ratios = (log(MOST) + h * torch.arange(-HISTORY, steps + 1, dtype=F64)).exp()
-    levels = at_ratios(schedule, ratios)
-    x, end = _exact_ends(schedule)
-    past = [x]
-    for here, there in pairwise(levels[HISTORY::-1]):
-        past.insert(0, exact_path(past[0], here, there, 8))
-    return levels, past, end
-
-
-@lru_cache(maxsize=8)
-def _exact_ends(schedule: Schedule) -> tuple[Tensor, Tensor]:
-    first, last = at_ratios(schedule, tensor(MOST, LEAST))
+    back = torch.cat([-PAST.flip(0).cumsum(0).flip(0), torch.arange(steps + 1, dtype=F64)])
+    levels = at_ratios(schedule, (log(MOST) + h * back).exp())
+    first = levels[len(PAST)]
     x = first.mix(PLANE.draw(32), normal(32, 2, seed=1))
-    return x, exact_path(x, first, last, 1000)
+    past = exact_path(x, first, levels[len(PAST) - 1 :: -1])[::-1]
+    return levels, [*past, x], exact_path(x, first, levels[-1:])[0]
 
 
 def order_error(solver: Solver, schedule: Schedule, steps: int) -> float:
     """The median error at sigma/alpha = 0.05 of ``steps`` steps from 3, with the exact past in the memory."""
     levels, past, end = _order_problem(schedule, steps)
     memory = None
-    for i in range(HISTORY):  # feed the exact samples; what the step makes of them is thrown away, its memory is not
+    for i in range(len(PAST)):  # feed the exact samples; what the step makes of them is thrown away, its memory is not
         _, memory, _ = one(solver, PLANE, past[i], levels[i], levels[i + 1], no_noise, memory)
-    x = past[HISTORY]
-    for here, there in pairwise(levels[HISTORY:]):
+    x = past[-1]
+    for here, there in pairwise(levels[len(PAST) :]):
         x, memory, _ = one(solver, PLANE, x, here, there, no_noise, memory)
     return float((x - end).norm(dim=1).median())
 
 
 def law_order(solver: Solver, schedule: Schedule) -> None:
-    """The error falls as h^order: slope between 80 and 160 steps within 0.2 of the declared order."""
-    coarse, fine = order_error(solver, schedule, 80), order_error(solver, schedule, 160)
+    """The error falls as h^order: slope within 0.2 of the declared order between 80 and 160 steps; from order 4 on
+    between 160 and 320, or the last pair above the rounding of the numbers, and order 5 may seem up to 0.6 better."""
+    solver = unadaptive(solver)
+    steps = 80 if solver.order < 4 else 160
+    coarse, fine = order_error(solver, schedule, steps), order_error(solver, schedule, 2 * steps)
+    while fine < 1e-11:
+        steps //= 2
+        coarse, fine = order_error(solver, schedule, steps), coarse
     slope = log2(coarse / fine)
-    assert abs(slope - solver.order) < 0.2, f"{solver}: slope {slope:.2f} ({coarse:.2e} -> {fine:.2e})"
+    above = 0.2 if solver.order < 5 else 0.6
+    assert -0.2 < slope - solver.order < above, f"{solver}: slope {slope:.2f} ({coarse:.2e} -> {fine:.2e})"
 
 
 # --- Law 3: ends ------------------------------------------------------------------------------------------------------
@@ -273,6 +276,9 @@ def law_last_step(solver: Solver, here: Level) -> None:
         return PLANE(x, level)
 
     got, _, estimates = one(solver, denoise, x, here, end, noise)
+    if solver.adaptive:  # it goes on to a level of its own choice
+        assert worst(got, estimates[-1].x0) < 1e-9, f"{solver}: the last step is not the denoised estimate"
+        return
     assert torch.equal(got, estimates[-1].x0), f"{solver}: the last step is not the denoised estimate"
     assert all(bool((level.sigma > 0).all()) for level in asked), f"{solver} asks at sigma = 0"
     assert all(count < len(asked) for count in after), f"{solver} draws noise on the last step"

@@ -195,8 +195,8 @@ def adapt(
 
 
 def size_of(x: Tensor) -> Tensor:
-    """``[B]`` root mean squares."""
-    return x.flatten(1).double().square().mean(1).sqrt().cpu()
+    """``[B]`` root mean squares; how far to step is a choice, nothing to differentiate."""
+    return x.detach().flatten(1).double().square().mean(1).sqrt().cpu()
 
 
 def flow_coordinates(x: Tensor, level: Level) -> Tensor:
