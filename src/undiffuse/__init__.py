@@ -102,6 +102,9 @@ if TYPE_CHECKING:
     from .noise import slerp as slerp
     from .sampling import Frame as Frame
     from .sampling import trajectory as trajectory
+    from .likelihood import INTEGRATORS as INTEGRATORS
+    from .likelihood import Likelihood as Likelihood
+    from .likelihood import log_likelihood as log_likelihood
 
     # chapter 9
     from .objectives import TIMES as TIMES
