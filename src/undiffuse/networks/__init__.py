@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from undiffuse.errors import UndiffuseError, choose, unknown
-from undiffuse.networks.mlp import MLP
-from undiffuse.networks.unet import UNet
+from ..errors import UndiffuseError, choose, unknown
+from .mlp import MLP
+from .unet import UNet
 
 __all__ = ["MLP", "NETWORKS", "SIZES", "Cost", "Size", "UNet", "build", "describe", "sized"]
 

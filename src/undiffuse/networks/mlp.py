@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from undiffuse.errors import UndiffuseError
-from undiffuse.networks.layers import Embedding, FilmNorm, check_inputs, check_sizes, zeroed
+from ..errors import UndiffuseError
+from .layers import Embedding, FilmNorm, check_inputs, check_sizes, zeroed
 
 
 class ResidualLayer(nn.Module):

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from undiffuse.errors import UndiffuseError
-from undiffuse.networks.layers import (
+from ..errors import UndiffuseError
+from .layers import (
     CONVOLUTIONS,
     Embedding,
     FilmNorm,
