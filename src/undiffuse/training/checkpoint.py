@@ -119,9 +119,8 @@ def verify(path: Path) -> Checkpoint:
         names = ", ".join(sorted(present ^ set(files)))
         raise UndiffuseError(f"{path}: files are missing or do not belong there ({names})")
     for name, stated in files.items():
-        content = (path / name).read_bytes()
-        if len(content) != stated["bytes"] or hashlib.sha256(content).hexdigest() != stated["sha256"]:
-            raise UndiffuseError(f"{path / name}: damaged (its SHA-256 is not the manifest's)")
+        if stated != _seal((path / name).read_bytes()):
+            raise UndiffuseError(f"{path / name}: damaged (its SHA-256 is not the one in {MANIFEST})")
     state = load_json(path / "state.json")
     if state["trainer"]["step"] != step:
         raise UndiffuseError(f"{path / 'state.json'}: of another step")
@@ -155,6 +154,10 @@ def _write(path: Path, content: bytes) -> dict[str, Any]:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    return _seal(content)
+
+
+def _seal(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 

@@ -11,6 +11,8 @@ import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+
 from ..data.spec import DataSpec
 from ..denoiser import InputScale, Label, NoScale, TimeLabel
 from ..errors import UndiffuseError, UndiffuseWarning
@@ -55,9 +57,11 @@ class Model:
         width = self.condition_width if classes else 0
         out = spec.channels * (2 if self.learned_variance else 1)
         name, options = sized(spec.shape, self.size, width, out)
+        with torch.device("meta"):  # only to hear its complaints and its defaults: no weights, no random numbers
+            complete = dict(build(name, {**options, **self.network}).config)
         return ModelConfig(
             network=name,
-            network_config=dict(build(name, {**options, **self.network}).config),
+            network_config=complete,
             schedule=self.schedule,
             prediction=self.prediction,
             label=self.label,
@@ -216,7 +220,8 @@ class Recipe:
     def cost(self, spec: DataSpec) -> str:
         """Parameters and FLOPs: ``0.25 M parameters, 0.012 GFLOP per forward pass``."""
         config = self.model.config(spec)
-        return str(describe(build(config.network, config.network_config), spec.shape))
+        with torch.device("meta"):
+            return str(describe(build(config.network, config.network_config), spec.shape))
 
 
 @dataclass(frozen=True)
