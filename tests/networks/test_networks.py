@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from typing import Any
 
@@ -189,6 +190,42 @@ def test_samples_of_a_batch_do_not_meet(name: str):
     whole = network(x, label, vector)
     for i in range(4):
         torch.testing.assert_close(network(x[i : i + 1], label[i : i + 1], vector[i : i + 1]), whole[i : i + 1])
+
+
+# Every option away from its default, so that one that config forgets cannot hide behind it.
+FULL: dict[str, dict[str, Any]] = {
+    "unet": {
+        "in_channels": 2,
+        "out_channels": 5,
+        "rank": 1,
+        "widths": [8, 12],
+        "blocks": [2, 1],
+        "attention": [0],
+        "head_width": 4,
+        "embedding": 24,
+        "condition_width": 3,
+        "fold": 2,
+        "dropout": 0.25,
+    },
+    "mlp": {
+        "in_channels": 3,
+        "out_channels": 4,
+        "width": 12,
+        "blocks": 3,
+        "octaves": 2,
+        "embedding": 24,
+        "condition_width": 3,
+        "dropout": 0.25,
+    },
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_config_holds_every_option(name: str):
+    options = inspect.signature(NETWORKS[name]).parameters
+    assert set(FULL[name]) == set(options)
+    assert all(FULL[name][key] != option.default for key, option in options.items())
+    assert NETWORKS[name](**FULL[name]).config == FULL[name]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
