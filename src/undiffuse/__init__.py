@@ -105,6 +105,10 @@ if TYPE_CHECKING:
     from .likelihood import INTEGRATORS as INTEGRATORS
     from .likelihood import Likelihood as Likelihood
     from .likelihood import log_likelihood as log_likelihood
+    from .inversion import Anderson as Anderson
+    from .inversion import Inversion as Inversion
+    from .inversion import Newton as Newton
+    from .inversion import invert as invert
 
     # chapter 9
     from .objectives import TIMES as TIMES
