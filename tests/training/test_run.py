@@ -1,0 +1,405 @@
+"""A run folder through interruptions, changes, full disks, and two processes at once."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import undiffuse
+from training_laws import points, recipe
+from undiffuse.commands import main
+from undiffuse.config import load_json, override
+from undiffuse.data import from_array
+from undiffuse.errors import UndiffuseError, UndiffuseWarning
+from undiffuse.pipeline import REGISTRIES, Pipeline
+from undiffuse.training import Diverged, Progress, Recipe, Trainer, checkpoint, run_training
+
+Screen = pytest.CaptureFixture[str]
+
+
+def small(**training: Any) -> Recipe:
+    """8 updates on :func:`points`, with everything happening often."""
+    often = {"log_every": 3, "preview_every": 4, "checkpoint_every": 2, "previews": 4, **training}
+    return recipe(points(), **often)
+
+
+def run(out: Path, chosen: Recipe | None = None, **options: Any) -> Any:
+    return run_training(points(), chosen or small(), out, **options)
+
+
+def stop_at(step: int, number: int = signal.SIGINT) -> Callable[[Progress], None]:
+    """Ctrl-C while update ``step`` is reported."""
+
+    def progress(where: Progress) -> None:
+        if where.step == step:
+            os.kill(os.getpid(), number)
+
+    return progress
+
+
+def weights(out: Path) -> str:
+    return Pipeline.load(out / "model").fingerprint
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+def test_a_run_leaves_what_it_should(tmp_path: Path) -> None:
+    lines: list[str] = []
+    result = run(tmp_path / "r", command="undiffuse train points", say=lines.append)
+    assert (result.state, result.step, result.images, result.resumed_from) == ("finished", 8, 32, 0)
+    names = {path.name for path in (tmp_path / "r").iterdir()} - {".lock"}
+    assert names == {
+        *("config.json", "command.txt", "env.json", "log.txt", "metrics.jsonl", "status.json"),
+        *("samples", "checkpoints", "model"),
+    }
+    assert [line.split()[0] for line in lines] == ["run", "data", "objective", "optimiser"]
+    assert "parameters" in lines[1]
+    assert "terminal SNR 0" in lines[2]
+    assert sum("terminal SNR" in line for line in lines) == 1
+    status = load_json(tmp_path / "r" / "status.json")
+    assert {k: status[k] for k in ("state", "step", "images", "total_images", "pid")} == {
+        **dict.fromkeys(("images", "total_images"), 32),
+        "state": "finished",
+        "step": 8,
+        "pid": os.getpid(),
+    }
+    rows = metrics(tmp_path / "r")
+    assert [(row["step"], row["images"]) for row in rows] == [(3, 12), (6, 24), (8, 32)]
+    assert set(rows[0]) == {"step", "images", "loss", "lr", "grad_norm"}
+    assert rows[-1]["loss"] == status["loss"] == result.loss
+    assert sorted(path.name for path in (tmp_path / "r" / "samples").iterdir()) == [
+        "preview-000004.png",
+        "preview-000008.png",
+    ]
+    assert [path.name for path in checkpoint.listed(tmp_path / "r" / "checkpoints")] == [
+        "step-00000006",
+        "step-00000008",
+    ]
+    config = load_json(tmp_path / "r" / "config.json")
+    assert config["recipe"]["training"]["images"] == 32
+    assert Pipeline.load(tmp_path / "r").info["images"] == 32
+
+
+def test_the_logged_loss_is_the_mean_of_the_updates(tmp_path: Path) -> None:
+    run(tmp_path)
+    losses = [float(update.loss) for update in Trainer(points(), small()).updates()]
+    rows = metrics(tmp_path)
+    assert [row["loss"] for row in rows] == pytest.approx(
+        [np.mean(losses[:3]), np.mean(losses[3:6]), np.mean(losses[6:])]
+    )
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+def test_law_5_a_run_stopped_by_ctrl_c_goes_on_as_if_it_had_not_been(cut: int, tmp_path: Path) -> None:
+    run(tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", progress=stop_at(cut))
+    assert load_json(tmp_path / "cut" / "status.json")["state"] == "stopped"
+    assert load_json(tmp_path / "cut" / "status.json")["step"] == cut
+    assert Pipeline.load(tmp_path / "cut").info["step"] == cut
+    result = run(tmp_path / "cut")
+    assert (result.step, result.resumed_from) == (8, cut)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "straight")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "straight")
+    for name in ("weights", "ema", "optimiser"):
+        file = f"checkpoints/step-00000008/{name}.safetensors"
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
+
+
+def test_the_first_signal_saves_and_sigterm_says_143(tmp_path: Path) -> None:
+    lines: list[str] = []
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, progress=stop_at(3, signal.SIGTERM), say=lines.append)
+    assert stopped.value.code == 143
+    assert "stopped    after update 3, saved; resume with the same command" in lines[-1]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # and the handlers are given back
+
+
+def test_after_a_crash_the_log_is_that_of_a_run_never_stopped(tmp_path: Path) -> None:
+    """The process dies between update 6 and 7: the metrics go further than the checkpoint, and end in half a line."""
+    run(tmp_path / "straight")
+
+    def die(where: Progress) -> None:
+        if where.step == 6:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run(tmp_path / "r", small(checkpoint_every=5), progress=die)
+    assert load_json(tmp_path / "r" / "status.json")["state"] == "failed"
+    with (tmp_path / "r" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "images"')
+    result = run(tmp_path / "r", small(checkpoint_every=5))
+    assert result.resumed_from == 5
+    assert metrics(tmp_path / "r") == metrics(tmp_path / "straight")
+    assert weights(tmp_path / "r") == weights(tmp_path / "straight")
+
+
+def test_a_flipped_bit_costs_only_the_last_checkpoint(tmp_path: Path) -> None:
+    run(tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "r", progress=stop_at(6))
+    file = tmp_path / "r" / "checkpoints" / "step-00000006" / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x55")
+    with pytest.warns(UndiffuseWarning, match="using the checkpoint before"):
+        assert run(tmp_path / "r").resumed_from == 4
+    assert weights(tmp_path / "r") == weights(tmp_path / "straight")
+
+
+def test_nothing_is_begun_anew_over_damaged_checkpoints(tmp_path: Path) -> None:
+    run(tmp_path)
+    for path in checkpoint.listed(tmp_path / "checkpoints"):
+        (path / "manifest.json").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(UndiffuseError, match="none of the checkpoints is whole"):
+            run(tmp_path)
+
+
+def test_a_finished_run_says_so(tmp_path: Path) -> None:
+    run(tmp_path)
+    before, lines = weights(tmp_path), list[str]()
+    result = run(tmp_path, say=lines.append)
+    assert (result.state, result.step, result.resumed_from) == ("finished", 8, 8)
+    assert "finished already" in lines[0]
+    assert weights(tmp_path) == before
+    assert len(metrics(tmp_path)) == 3
+
+
+def test_a_crash_between_the_last_checkpoint_and_its_model_is_mended(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = weights(tmp_path)
+    for path in (tmp_path / "model").iterdir():
+        path.unlink()
+    run(tmp_path)
+    assert weights(tmp_path) == before
+
+
+def test_another_recipe_seed_or_data_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, progress=stop_at(2))
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    other = override(small(), ["optimiser.lr=0.5"], REGISTRIES)
+    with pytest.raises(UndiffuseError, match=r"recipe.optimiser.lr: 0.002 there, 0.5 here.*another --out"):
+        run(tmp_path, other)
+    with pytest.raises(UndiffuseError, match=r"recipe.training.images: 32 there, 64 here"):
+        run(tmp_path, replace(small(), training=replace(small().training, images=64)))  # trap R6
+    with pytest.raises(UndiffuseError, match=r"seed: 0 there, 1 here"):
+        run(tmp_path, seed=1)
+    with pytest.raises(UndiffuseError, match=r"data have changed \(10 items then, 11 now\); restore them"):
+        run_training(points(11), small(), tmp_path)
+    changed = points().values(range(10)).copy()
+    changed[3, 0] += 1
+    with pytest.raises(UndiffuseError, match="data have changed"):
+        run_training(from_array(changed, np.arange(10) % 2), small(), tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UndiffuseError, match="has files of something else"):
+        run(tmp_path)
+    with pytest.raises(UndiffuseError, match="a file; --out names a folder"):
+        run(tmp_path / "thesis.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+# --- previews ---------------------------------------------------------------------------------------------------------
+
+
+def test_trap_E1_previews_do_not_touch_the_training(tmp_path: Path) -> None:
+    run(tmp_path / "with", small(preview_every=1))
+    run(tmp_path / "without", small(preview_every=0))
+    assert len(list((tmp_path / "with" / "samples").iterdir())) == 8
+    for name in ("weights", "ema", "optimiser"):
+        file = f"checkpoints/step-00000008/{name}.safetensors"
+        assert (tmp_path / "with" / file).read_bytes() == (tmp_path / "without" / file).read_bytes()
+
+
+@pytest.mark.parametrize(("number", "option"), [(64, []), (6, ["-n", "6"])])
+def test_trap_X8_a_preview_is_what_sample_writes(
+    number: int, option: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(Path("r"), small(previews=number))
+    assert main(["sample", "r", *option, "--out", "again.png"]) == 0
+    assert Path("again.png").read_bytes() == Path("r/samples/preview-000008.png").read_bytes()
+
+
+def test_previews_are_of_the_same_noise(tmp_path: Path) -> None:
+    """A model that does not move shows the same picture: the noise of a preview is fixed."""
+    frozen = override(small(preview_every=2), ["optimiser.lr=1e-30"], REGISTRIES)
+    run(tmp_path, frozen)
+    pictures = [Image.open(path).tobytes() for path in (tmp_path / "samples").iterdir()]
+    assert len(pictures) == 4
+    assert len(set(pictures)) == 1
+
+
+# --- trouble ----------------------------------------------------------------------------------------------------------
+
+
+def test_trap_R8_divergence_names_the_last_good_checkpoint(tmp_path: Path) -> None:
+    wild = override(small(), ["optimiser.lr=1e38", "optimiser.warmup=20", "optimiser.clip=1e30"], REGISTRIES)
+    with pytest.raises(Diverged, match=r"update \d \(seed 0\).*(last good checkpoint is .*step-|no checkpoint yet)"):
+        run(tmp_path, wild)
+    assert load_json(tmp_path / "status.json")["state"] == "failed"
+
+
+def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "straight")
+    whole, lines = checkpoint.save, list[str]()
+
+    def full(folder: Path, snapshot: Any, *rest: Any) -> Path:
+        if snapshot.numbers["step"] == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "weights.safetensors")
+        return whole(folder, snapshot, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    run(tmp_path / "r", say=lines.append)
+    assert [line for line in lines if "warning" in line] == [
+        "warning: no checkpoint at update 4 (weights.safetensors: No space left on device); the last good one is "
+        f"{tmp_path / 'r' / 'checkpoints' / 'step-00000002'}; training goes on"
+    ]
+    assert weights(tmp_path / "r") == weights(tmp_path / "straight")
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*rest: Any) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "state.json")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(UndiffuseError, match=r"could not be saved \(state.json: No space left on device\)"):
+        run(tmp_path)
+    assert load_json(tmp_path / "status.json")["state"] == "failed"
+
+
+def test_a_preview_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / ".lock").touch()
+    (tmp_path / "r" / "samples").write_text("a file in its place")
+    with pytest.warns(UndiffuseWarning, match="no preview at update 4"):
+        assert run(tmp_path / "r").state == "finished"
+
+
+def test_a_time_budget_is_planned_and_the_learning_rate_still_ends_at_zero(tmp_path: Path) -> None:
+    chosen = small(images=10**9, log_every=1, checkpoint_every=0, preview_every=0)
+    steps: list[Progress] = []
+    result = run(tmp_path / "r", chosen, minutes=0.004, progress=steps.append)
+    assert steps[0].total_images is None
+    assert steps[-1].total_images == result.images
+    rates = [row["lr"] for row in metrics(tmp_path / "r")]
+    assert rates[-1] < 0.5 * max(rates)
+    plan = json.loads((checkpoint.listed(tmp_path / "r" / "checkpoints")[-1] / "state.json").read_text())["trainer"][
+        "plan"
+    ]
+    assert plan["images"] == result.images
+    assert run(tmp_path / "r", chosen, minutes=0.004).resumed_from == result.step  # the plan is a part of the run
+    with pytest.raises(UndiffuseError, match=r"minutes: 0\.004 there, 5 here"):
+        run(tmp_path / "r", chosen, minutes=5)
+    with pytest.raises(UndiffuseError, match="minutes=-1 must be positive"):
+        run(tmp_path / "s", chosen, minutes=-1)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_and_the_function_do_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Screen
+) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    words = "train moons --recipe tiny --steps 4 --batch-size 8 --seed 3 --device cpu --set optimiser.lr=0.001"
+    assert main([*words.split(), "--json"]) == 0
+    seen = capsys.readouterr()
+    report = json.loads(seen.out)
+    assert (report["path"], report["state"], report["step"], report["images"]) == ("runs/moons", "finished", 4, 32)
+    assert seen.err.startswith("run        runs/moons: 32 images")
+    undiffuse.train(
+        "moons", out=Path("b"), recipe="tiny", steps=4, batch_size=8, seed=3, set=("optimiser.lr=0.001",), device="cpu"
+    )
+    assert weights(Path("b")) == weights(Path("runs/moons"))
+    assert shlex.split(Path("runs/moons/command.txt").read_text()) == ["undiffuse", *words.split()]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("nothing", "no data at 'nothing'"),
+        ("moons --recipe tinny", "unknown recipe 'tinny': did you mean 'tiny'?"),
+        ("moons --set optimiser.lrr=1", "--set: unknown name 'optimiser.lrr': did you mean 'optimiser.lr'?"),
+        ("moons --set lr", "--set 'lr': write it as path.to.field=value"),
+        ("moons --steps 3 --minutes 1", "--steps, --images and --minutes are three ways to say how long: give one"),
+        ("moons --recipe tiny --steps 0", "steps=0 must be at least 1"),
+        ("moons --recipe tiny --device nonsense", "--device nonsense"),
+        ("moons --recipe tiny --set model.network.wdith=8", "unknown option of network mlp 'wdith'"),
+        ("moons --model-size huge", "--model-size"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Screen
+) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *words.split()]) == 2
+    seen = capsys.readouterr()
+    assert message in seen.err
+    assert seen.err.count("\n") == 1
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("config.json"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_signals_and_a_second_process_from_outside(tmp_path: Path) -> None:
+    """A real process: a second one is refused and told who is there; Ctrl-C saves and says how to go on."""
+    pytest.importorskip("sklearn")
+    words = [
+        sys.executable,
+        "-m",
+        "undiffuse",
+        "train",
+        "moons",
+        "--recipe",
+        "tiny",
+        "--out",
+        "r",
+        "--images",
+        "99999999",
+    ]
+    first = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        status = tmp_path / "r" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not status.exists() and first.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        second = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert second.returncode == 2
+        assert second.stderr.startswith(f"undiffuse: r: process {first.pid} on ")
+        assert second.stderr.count("\n") == 1
+        first.send_signal(signal.SIGINT)
+        out, err = first.communicate(timeout=120)
+    finally:
+        first.kill()
+    assert first.returncode == 130, err
+    assert "saved; resume with the same command" in out
+    assert "Traceback" not in err
+    stopped = load_json(tmp_path / "r" / "status.json")
+    assert stopped["state"] == "stopped"
+    found = checkpoint.newest(tmp_path / "r" / "checkpoints")
+    assert found is not None
+    assert found.step == stopped["step"]
