@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,6 +103,79 @@ class Karras(Grid):
         return _from_ratios(schedule, (most + _unit(steps) * (least - most)) ** self.rho)
 
 
+@dataclass(frozen=True)
+class FlowUniform(Grid):
+    """Equal steps of flow time ``sigma/(alpha + sigma)`` for any schedule, the last one to 0; of a flow schedule,
+    equal steps of t. The best grid that we know for iPNDM."""
+
+    def nodes(self, schedule: Schedule, steps: int) -> Tensor:
+        first, end = (schedule(t) for t in (schedule.first, 1.0))
+        least, most = (float(level.sigma / (level.alpha + level.sigma)) for level in (first, end))
+        times = most + _unit(steps) * (max(most / steps, least) - most)
+        return _from_ratios(schedule, times / (1 - times))
+
+
+@dataclass(frozen=True)
+class Beta(Grid):
+    """Times at quantiles of the Beta(a, b) distribution: below 1, both ends get more steps than the middle (Lee et al.
+    2024, arXiv:2407.12173)."""
+
+    a: float = 0.6
+    b: float = 0.6
+
+    def __post_init__(self) -> None:
+        if not (0 < self.a <= 8 and 0 < self.b <= 8):
+            raise UndiffuseError(f"a and b of a beta grid must be in (0, 8], got {self.a} and {self.b}")
+
+    def nodes(self, schedule: Schedule, steps: int) -> Tensor:
+        return beta_quantile(torch.arange(steps, 0, -1, dtype=torch.float64) / steps, self.a, self.b)
+
+
+def beta_quantile(p: Tensor, a: float, b: float) -> Tensor:
+    """The x with ``int_0^x u^(a-1) (1-u)^(b-1) du = p * int_0^1``, by bisection."""
+    nodes, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(64))
+    nodes, weights = (nodes + 1) / 2, weights / 2
+
+    def lower(x: Tensor, a: float, b: float) -> Tensor:
+        """The integral up to x <= 1/2; for a < 1 in u^a, where it has no singularity."""
+        c = min(a, 1.0)
+        u = (x[:, None] ** c * nodes) ** (1 / c)
+        return x**c / c * (u ** (a - c) * (1 - u) ** (b - 1) * weights).sum(1)
+
+    half = torch.tensor([0.5], dtype=torch.float64)
+    left, right = lower(half, a, b), lower(half, b, a)
+    aim, low, high = p * (left + right), torch.zeros_like(p), torch.ones_like(p)
+    for _ in range(60):
+        x = (low + high) / 2
+        below = torch.where(x <= 0.5, lower(x.clamp(max=0.5), a, b), left + right - lower((1 - x).clamp(max=0.5), b, a))
+        low, high = torch.where(below < aim, x, low), torch.where(below < aim, high, x)
+    return torch.where(p == 1, 1.0, (low + high) / 2)
+
+
+@dataclass(frozen=True)
+class ShiftedGrid(Grid):
+    """Another grid with sigma/alpha multiplied by ``shift``: more steps at high noise, for larger pictures (Esser et
+    al. 2024, arXiv:2403.03206, eq. 23, where it moves t of a flow).
+
+    The first time stays where it is: alpha/sigma = w goes to ``w/shift + (1 - 1/shift) w_end``, which is the same for a
+    schedule that ends in pure noise (w_end = 0), and nearly the same for one that almost does.
+    """
+
+    grid: Grid = Uniform()
+    shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not self.shift >= 1:
+            raise UndiffuseError(f"shift of a grid must be at least 1, got {self.shift}")
+
+    def nodes(self, schedule: Schedule, steps: int) -> Tensor:
+        times = self.grid.nodes(schedule, steps)
+        levels, end = schedule(times), schedule(1.0)
+        w, w_end = levels.alpha / levels.sigma, end.alpha / end.sigma
+        shifted = schedule.time_at(2 * torch.log(w / self.shift + (1 - 1 / self.shift) * w_end))
+        return torch.where(times == 1, 1.0, shifted)
+
+
 def _unit(steps: int) -> Tensor:
     return torch.linspace(0, 1, steps, dtype=torch.float64)
 
@@ -163,8 +237,12 @@ class Times(Grid):
 
 GRIDS: dict[str, Grid] = {
     "uniform": Uniform(),
+    "flow_uniform": FlowUniform(),
     "log_snr": LogSNR(),
+    "exponential": LogSNR(),  # the same under its other name
     "karras": Karras(),
+    "beta": Beta(),
+    "shifted": ShiftedGrid(),
     "trailing": Trailing(),
     "leading": Leading(),
     "linspace": Linspace(),

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from .denoiser import Denoise
 from .errors import UndiffuseError
-from .grids import Grid, Uniform
+from .grids import FlowUniform, Grid, Uniform
 from .levels import Estimate, Level
 from .noise import Streams
 from .schedules import Schedule
-from .solvers import Noise, Solver, Step
+from .solvers import IPNDM, Noise, Solver, Step
 
 
 def start(level: Level, noise: Tensor) -> Tensor:
@@ -79,6 +79,14 @@ def trajectory(denoise: Denoise, x: Tensor, levels: Sequence[Level], solver: Sol
             x, memory, estimates = answer(solver.step(x, here, there, memory, noise), denoise)
         calls += len(estimates)
         yield Frame(x, there, index, estimates[0] if estimates else None, calls)
+
+
+def default_sampling(calls: int) -> tuple[Solver, Grid]:
+    """The solver and grid to take when nothing is known of the model but how many calls it may have: what
+    ``benchmarks/solvers.py`` found best on random mixtures. One call a step, so ``calls`` is the number of steps."""
+    if isinstance(calls, bool) or not isinstance(calls, int) or calls < 1:
+        raise UndiffuseError(f"calls must be a whole number of at least 1, got {calls!r}")
+    return IPNDM(2 if calls < 8 else 3 if calls < 20 else 4), FlowUniform()
 
 
 def sample(
