@@ -109,6 +109,18 @@ if TYPE_CHECKING:
     from .inversion import Inversion as Inversion
     from .inversion import Newton as Newton
     from .inversion import invert as invert
+    from .editing import Measurement as Measurement
+    from .editing import RePaint as RePaint
+    from .editing import above as above
+    from .editing import below as below
+    from .editing import dps as dps
+    from .editing import image_to_image as image_to_image
+    from .editing import interpolate as interpolate
+    from .editing import keep_known as keep_known
+    from .editing import paste as paste
+    from .editing import pigdm as pigdm
+    from .editing import spare_streams as spare_streams
+    from .editing import stop_early as stop_early
 
     # chapter 9
     from .objectives import TIMES as TIMES
