@@ -311,6 +311,10 @@ class VE(Schedule):
     sigma_min: float = 0.01
     sigma_max: float = 50.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise UndiffuseError(f"VE needs 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_ratio = torch.log(torch.tensor(self.sigma_max / self.sigma_min, dtype=torch.float64))
         return torch.ones_like(t), self.sigma_min * torch.sqrt(torch.expm1(2 * t * log_ratio))
@@ -383,6 +387,12 @@ class ZeroTerminalSNR(Schedule):
         begun = t >= self.first
         alpha = torch.where(begun, lowered, alpha)
         return alpha, torch.where(begun & (t > 0), torch.sqrt((1 - alpha) * (1 + alpha)), sigma)
+
+    def invert(self, log_snr: Tensor) -> Tensor:
+        first, last = self.schedule(self.first), self.schedule(1.0).alpha
+        alpha = last + torch.sqrt(torch.sigmoid(log_snr)) * ((first.alpha - last) / first.alpha)
+        inner = 2 * torch.log(alpha) - torch.log((1 - alpha) * (1 + alpha))
+        return self.schedule.invert(torch.where(log_snr > first.log_snr, log_snr, inner))
 
 
 @dataclass(frozen=True)
