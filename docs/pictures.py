@@ -196,7 +196,7 @@ def predictions() -> plt.Figure:
 
 def denoiser() -> plt.Figure:
     """Chapter 4: where the best denoiser believes the data to be, from every x, at four levels."""
-    figure, row = plt.subplots(1, 4, figsize=(10, 2.75))
+    figure, row = plt.subplots(1, 4, figsize=(10, 2.95))
     side = torch.linspace(-2.1, 2.1, 15, dtype=torch.float64)
     x = torch.cartesian_prod(side, side)
     for axes, t in zip(row, (0.9, 0.6, 0.3, 0.1), strict=True):
@@ -211,7 +211,7 @@ def denoiser() -> plt.Figure:
 
 def conditions() -> plt.Figure:
     """Chapter 5: the same noise, asked for either class and for nothing in particular."""
-    figure, row = plt.subplots(1, 3, figsize=(8.4, 3.1))
+    figure, row = plt.subplots(1, 3, figsize=(8.4, 3.25))
     asked = {"class 0": exact(UPPER, WIDTH), "class 1": exact(LOWER, WIDTH), "null": MOON}
     for axes, (name, denoise), colour in zip(row, asked.items(), (COLOURS[1], COLOURS[2], COLOURS[0]), strict=True):
         data(axes)
@@ -226,7 +226,7 @@ def conditions() -> plt.Figure:
 
 def guidance() -> plt.Figure:
     """Chapter 6: one class, asked for harder and harder, from the same noise."""
-    figure, row = plt.subplots(1, 5, figsize=(11.4, 2.55))
+    figure, row = plt.subplots(1, 5, figsize=(11.4, 2.8))
     cond = exact(UPPER, WIDTH)
     scales = {
         "scale 0": 0.0,
