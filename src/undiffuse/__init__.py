@@ -121,6 +121,8 @@ if TYPE_CHECKING:
     from .editing import pigdm as pigdm
     from .editing import spare_streams as spare_streams
     from .editing import stop_early as stop_early
+    from .parallel import Parallel as Parallel
+    from .parallel import sample_parallel as sample_parallel
 
     # chapter 9
     from .objectives import TIMES as TIMES
