@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from laws import F64, PLANE, Mixture, normal, tensor
-from undiffuse import DataSpec, UndiffuseError
+from undiffuse import LABELS, DataSpec, FlowVelocity, NoScale, Pipeline, Sampling, UndiffuseError
 from undiffuse.data.spec import units_between
 from undiffuse.levels import Estimate, Level
 from undiffuse.likelihood import INTEGRATORS, dequantise, log_likelihood, log_volume
+from undiffuse.networks import sized
 from undiffuse.noise import Streams
+from undiffuse.pipeline import ModelConfig
 from undiffuse.schedules import EDM, SCHEDULES, VE, Flow, LinearBetas
 
 
@@ -210,3 +212,54 @@ def test_a_denoiser_that_detaches_is_refused() -> None:
 
     with pytest.raises(UndiffuseError, match="detaches its input"):
         log_likelihood(cut, Flow(), X, steps=2)
+
+
+# --- Through a pipeline ---------------------------------------------------------------------------------------------
+
+
+def small_pipeline(shape: tuple[int, ...], classes: int) -> Pipeline:
+    """Fresh weights, with the last layer moved off zero so that classes matter."""
+    spec = DataSpec("points", shape, "uint8", 0.0, 255.0, *units_between(0.0, 255.0), "D")
+    name, network = sized(shape, "tiny", condition_width=8 if classes else 0)
+    conditions = {"classes": {"kind": "classes", "classes": classes}} if classes else {}
+    config = ModelConfig(name, network, Flow(), FlowVelocity(), LABELS["time"], NoScale(), conditions)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = Pipeline(config.build(), config, spec, Sampling(), {})
+        for weight in pipeline.denoiser.parameters():
+            torch.nn.init.normal_(weight, std=0.1)
+    return pipeline
+
+
+def test_pipeline_takes_values_in_their_own_units_in_any_batches() -> None:
+    pipeline = small_pipeline((3,), 0)
+    values = np.arange(15, dtype=np.uint8).reshape(5, 3) * 17
+    whole = pipeline.log_likelihood(values, steps=6)
+    parts = pipeline.log_likelihood(values, steps=6, batch_size=2)
+    assert float((whole.log_prob - parts.log_prob).abs().max()) < 1e-4
+    assert parts.latent.shape == (5, 3)
+    assert parts.calls == 3 * whole.calls == 72
+    x = pipeline.spec.to_model(values)
+    direct = log_likelihood(pipeline.denoiser.bind(), Flow(), x, units=pipeline.spec, steps=6)
+    assert torch.equal(direct.log_prob, whole.log_prob)
+
+
+def test_pipeline_asks_each_value_with_its_own_class() -> None:
+    pipeline = small_pipeline((2,), 4)
+    values = np.full((4, 2), 100, np.uint8)
+    each = pipeline.log_likelihood(values, [3, 1, None, 0], steps=4)
+    none = pipeline.log_likelihood(values, steps=4)
+    turned = pipeline.log_likelihood(values[:3], [3, 1, None], steps=4, batch_size=1)
+    assert float((each.log_prob[:3] - turned.log_prob).abs().max()) < 1e-4
+    assert float(each.log_prob[2] - none.log_prob[2]) == pytest.approx(0, abs=1e-4)
+    assert abs(float(each.log_prob[0] - none.log_prob[0])) > 1e-3
+
+
+def test_pipeline_refuses_what_does_not_fit() -> None:
+    pipeline = small_pipeline((2,), 4)
+    with pytest.raises(UndiffuseError, match="likelihood of 3 values, 2 classes"):
+        pipeline.log_likelihood(np.zeros((3, 2), np.uint8), [0, 1])
+    with pytest.raises(UndiffuseError, match="uint8"):
+        pipeline.log_likelihood(np.zeros((3, 2), np.float32))
+    with pytest.raises(UndiffuseError, match="likelihood of 0 values"):
+        pipeline.log_likelihood(np.zeros((0, 2), np.uint8))

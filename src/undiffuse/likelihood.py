@@ -106,6 +106,16 @@ class Likelihood:
         """The standard error of :attr:`bits_per_dim`."""
         return self.error / (log(2) * self.dims)
 
+    @staticmethod
+    def join(parts: Sequence[Likelihood]) -> Likelihood:
+        """The likelihoods of several batches, measured in one way, as one."""
+        log_prob, error, cost, latent = (
+            torch.cat(values)
+            for values in zip(*((p.log_prob, p.error, p.start_cost, p.latent) for p in parts), strict=True)
+        )
+        first, calls = parts[0], sum(part.calls for part in parts)
+        return Likelihood(log_prob, error, cost, first.start, first.dims, calls, first.kind, latent)
+
     def __str__(self) -> str:
         n, bits = len(self.log_prob), self.bits_per_dim
         over = float(bits.std()) / sqrt(n) if n > 1 else 0.0

@@ -29,6 +29,7 @@ from .errors import UndiffuseError, unknown
 from .grids import GRIDS, Grid, Uniform
 from .guidance import cfg, interval, remember, rescale, threshold
 from .levels import Estimate, Level
+from .likelihood import Likelihood, log_likelihood
 from .networks import build
 from .noise import Streams
 from .objectives import TIMES, WEIGHTS, Times, Weight
@@ -352,6 +353,47 @@ class Pipeline:
         sampling = self.settings(**settings)
         x = self.draw(n, seed=seed, classes=classes, sampling=sampling, batch_size=batch_size, progress=progress)
         return self.spec.to_data(x)
+
+    def log_likelihood(
+        self,
+        values: np.ndarray,
+        classes: Sequence[int | None] | None = None,
+        *,
+        steps: int = 100,
+        start: float = 1e-3,
+        probes: int | None = None,
+        seed: int = 0,
+        batch_size: int = BATCH,
+    ) -> Likelihood:
+        """The log-likelihood of ``values`` (``[N, *data shape]``, the data's own units and dtype) under the unguided
+        model; see :func:`undiffuse.likelihood.log_likelihood` for the settings and what the result means.
+
+        ``classes`` are those of the N values; None: of no class in particular.
+        """
+        x = self.spec.to_model(values)
+        if len(x) == 0 or batch_size < 1 or (classes is not None and len(classes) != len(x)):
+            known = "no" if classes is None else len(classes)
+            raise UndiffuseError(f"likelihood of {len(x)} values, {known} classes, batches of {batch_size}")
+        self.denoiser.eval()
+        parts = []
+        for batch in torch.arange(len(x)).split(batch_size):
+            numbers = batch.tolist()
+            chosen = None if classes is None else [classes[i] for i in numbers]
+            cond = self.denoiser.null(len(numbers)) if chosen is None else self.conditions(range(len(numbers)), chosen)
+            parts.append(
+                log_likelihood(
+                    self.denoiser.bind(**cond),
+                    self.config.schedule,
+                    x[batch].to(self.device),
+                    units=self.spec,
+                    steps=steps,
+                    start=start,
+                    probes=probes,
+                    seed=seed,
+                    samples=numbers,
+                )
+            )
+        return Likelihood.join(parts)
 
 
 def find_pipeline(path: str | Path) -> Path:
