@@ -1,6 +1,6 @@
 """Are the digits right, and are they new? Trains the ``digits`` recipe and judges 1,000 class-conditional samples.
 
-    python benchmarks/digits.py [--out FOLDER] [--seed N] [--json FILE]
+    python benchmarks/digits.py [--run FOLDER] [--seed N] [--out digits.json]
 
 - *Named right*: a support-vector classifier (RBF) trained on the 1,797 real digits names the class that was asked for.
   Its own accuracy on digits that it has not seen (5-fold cross-validation) is printed beside it.
@@ -62,9 +62,9 @@ def judge(samples: np.ndarray, asked: np.ndarray, images: np.ndarray, labels: np
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, help="keep the run in this folder, or judge the finished run that is there")
+    parser.add_argument("--run", type=Path, help="keep the run in this folder, or judge the finished run that is there")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "digits.json")
+    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     options = parser.parse_args()
     dataset = open_dataset("digits")
     images, labels = dataset.read(range(len(dataset)))
@@ -74,7 +74,7 @@ def main() -> None:
         result = run_training(
             dataset,
             recipe,
-            options.out or Path(scratch) / "run",
+            options.run or Path(scratch) / "run",
             seed=options.seed,
             device="cpu",
             data="digits",
@@ -98,13 +98,9 @@ def main() -> None:
         **judge(samples, asked, images, labels),
     }
     for name, value in report.items():
-        print(
-            f"{name.replace('_', ' '):36} {value:.4g}"
-            if isinstance(value, float)
-            else f"{name.replace('_', ' '):36} {value}"
-        )
-    options.json.parent.mkdir(exist_ok=True, parents=True)
-    options.json.write_text(json.dumps(report, indent=2) + "\n")
+        print(f"{name.replace('_', ' '):32} {f'{value:.4g}' if isinstance(value, float) else value}")
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

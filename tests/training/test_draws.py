@@ -52,15 +52,17 @@ def test_the_numbers_are_what_they_should_be() -> None:
     assert correlation.abs() < 4 / len(times) ** 0.5
 
 
-def test_training_never_draws_what_sampling_draws() -> None:
-    sampled = {torch.randn(4, generator=stream(0, i)).tolist()[0] for i in range(64)}
-    trained = {draw(0, step, 1, (4,)).noise[0, 0].item() for step in range(64)}
+@pytest.mark.parametrize("seed", [0, 5])
+def test_training_never_draws_what_sampling_draws(seed: int) -> None:
+    sampled = {torch.randn(4, generator=stream(seed, i)).tolist()[0] for i in range(64)}
+    trained = {draw(seed, step, 1, (4,)).noise[0, 0].item() for step in range(64)}
     assert not sampled & trained
 
 
-def test_purposes_do_not_share_a_stream() -> None:
+@pytest.mark.parametrize("seed", [0, 5])
+def test_purposes_do_not_share_a_stream(seed: int) -> None:
     names = ("weights", "order", "times", "noise", "offset", "drop", "dropout")
-    seeds = {generator(0, name, index).initial_seed() for name in names for index in range(50)}
+    seeds = {generator(seed, name, index).initial_seed() for name in names for index in range(50)}
     assert len(seeds) == 50 * len(names)
 
 

@@ -30,17 +30,21 @@ def default(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
 
 
 def digits(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
-    """Very small pictures, such as scikit-learn's 8x8 digits: about a minute on two cores."""
+    """Very small pictures, such as scikit-learn's 8x8 digits: about a minute on two cores.
+
+    Unless a size is asked for, a quarter of ``small``: 0.28 M parameters, 0.013 GFLOP per forward pass at 8x8.
+    """
+    quarter = {"widths": [32, 64], "blocks": [2, 1], "attention": [1]}
     return Recipe(
         name="digits",
-        model=Model(size=size or "small"),
+        model=Model(size=size or "small", network={} if size else quarter),
         objective=Objective(times=Stratified(LogitNormalTimes(0.0, 1.0))),
         optimiser=Optimiser(lr=2e-3, warmup=6_400, decay="cosine"),
         training=Training(
-            images=250_000, batch_size=128, log_every=20, preview_every=500, checkpoint_every=500, previews=64
+            images=128_000, batch_size=128, log_every=20, preview_every=250, checkpoint_every=250, previews=64
         ),
         ema=Averaging(half_life=25_000),
-        sampling=Sampling(solver=DPMpp2M(), grid=Uniform(), steps=20, guidance_scale=1.5),
+        sampling=Sampling(solver=DPMpp2M(), grid=Uniform(), steps=20, guidance_scale=1.25),
     )
 
 

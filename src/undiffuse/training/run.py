@@ -407,11 +407,13 @@ def header(trainer: Trainer, out: Path, data: str) -> list[str]:
     extras = (f", Huber {objective.huber:g}" if objective.huber else "") + (
         f", offset noise {objective.offset_noise:g}" if objective.offset_noise else ""
     )
+    own = " with " + ", ".join(f"{name} {value}" for name, value in model.network.items()) if model.network else ""
     ramp = "" if recipe.ema.ramp is None else f" (at most {recipe.ema.ramp:.0%} of the images seen)"
     return [
         f"run        {out}: {length} in batches of {training.batch_size}{parts}, recipe {recipe.name}, seed "
         f"{trainer.seed}, {trainer.device}{threads}, {training.precision}",
-        f"data       {data}: {dataset.describe()}; {trainer.config.network} {model.size}, {recipe.cost(dataset.spec)}",
+        f"data       {data}: {dataset.describe()}; {trainer.config.network} {model.size}{own}, "
+        f"{recipe.cost(dataset.spec)}",
         f"objective  {kind_of(model.prediction)} prediction, {kind_of(model.schedule)} schedule with "
         f"{terminal_snr_report(model.schedule)}; {kind_of(objective.times)} times, {kind_of(objective.weight)} weight"
         f"{dropped}{extras}",
