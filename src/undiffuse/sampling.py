@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .denoiser import Denoise
 from .errors import UndiffuseError
-from .grids import FlowUniform, Grid, Uniform
+from .grids import FlowPower, Grid, Uniform
 from .levels import Estimate, Level
 from .noise import Streams
 from .schedules import Schedule
@@ -86,7 +86,7 @@ def default_sampling(calls: int) -> tuple[Solver, Grid]:
     ``benchmarks/solvers.py`` found best on random mixtures. One call a step, so ``calls`` is the number of steps."""
     if isinstance(calls, bool) or not isinstance(calls, int) or calls < 1:
         raise UndiffuseError(f"calls must be a whole number of at least 1, got {calls!r}")
-    return IPNDM(2 if calls < 8 else 3 if calls < 20 else 4), FlowUniform()
+    return IPNDM(2 if calls < 8 else 3 if calls < 20 else 4), FlowPower()
 
 
 def sample(

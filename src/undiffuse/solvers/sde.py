@@ -57,8 +57,9 @@ def langevin(x: Tensor, level: Level, e: Estimate, size: Tensor, z: Tensor) -> T
 class PredictorCorrector(Solver):
     """Langevin steps at each level, then a step of ``inner`` (Song et al. 2021, arXiv:2011.13456, algorithms 4 and 5).
 
-    The size of a Langevin step is ``2 (ratio |z| / |score|)^2`` with the norms of the sample's own noise and score:
-    the paper's code averages the norms over the batch, which would make a sample depend on its neighbours.
+    The size of a Langevin step is ``2 (ratio sqrt(D) / |score|)^2`` for the sample's own score and its D elements, and
+    at most sigma^2/2, as twice that would diverge. The paper's code has the norms of noise and score averaged over the
+    batch, which would make a sample depend on its neighbours; sqrt(D) is what the norm of the noise is about.
 
     Attributes:
         inner: the predictor; one without memory, since the sample is moved off its path.
@@ -86,11 +87,9 @@ class PredictorCorrector(Solver):
     def step(self, x: Tensor, here: Level, there: Level, memory: Any, noise: Noise) -> Step:
         for _ in range(self.corrections):
             e = yield x, here
-            z = noise(x, here, here)
-            norms = [v.flatten(1).double().norm(dim=1).cpu() for v in (z, e.eps)]
-            # Norms of 0 (a constant sample, a vanishing score) ask for no step at all.
-            size = torch.where(norms[1] > 0, 2 * (self.ratio * norms[0] * here.sigma / norms[1]) ** 2, 0.0)
-            x = langevin(x, here, e, size, z)
+            squares = e.eps.flatten(1).double().square().mean(1).cpu()
+            size = here.sigma**2 * (2 * self.ratio**2 / squares).clamp(max=0.5)
+            x = langevin(x, here, e, size, noise(x, here, here))
         return (yield from self.inner.step(x, here, there, None, noise))
 
 
