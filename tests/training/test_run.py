@@ -133,6 +133,23 @@ def test_the_first_signal_saves_and_sigterm_says_143(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # and the handlers are given back
 
 
+def test_the_second_signal_ends_the_process_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended(BaseException):
+        pass
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    def twice(where: Progress) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(Ended) as ended:
+        run(tmp_path, progress=twice)
+    assert ended.value.args == (143,)
+
+
 def test_after_a_crash_the_log_is_that_of_a_run_never_stopped(tmp_path: Path) -> None:
     """The process dies between update 6 and 7: the metrics go further than the checkpoint, and end in half a line."""
     run(tmp_path / "straight")
@@ -294,8 +311,9 @@ def test_a_preview_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / ".lock").touch()
     (tmp_path / "r" / "samples").write_text("a file in its place")
-    with pytest.warns(UndiffuseWarning, match="no preview at update 4"):
+    with pytest.warns(UndiffuseWarning) as said:
         assert run(tmp_path / "r").state == "finished"
+    assert [str(each.message).partition(" (")[0] for each in said] == [f"no preview at update {n}" for n in (4, 8)]
 
 
 def test_a_time_budget_is_planned_and_the_learning_rate_still_ends_at_zero(tmp_path: Path) -> None:

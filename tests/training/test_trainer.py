@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from undiffuse.data import Dataset, DataSpec, from_array
 from undiffuse.data.base import ArrayDataset
 from undiffuse.errors import UndiffuseError
 from undiffuse.pipeline import REGISTRIES
-from undiffuse.training import Diverged, Recipe, Trainer, batch_indices, draw
+from undiffuse.training import Diverged, Trainer, batch_indices, draw
 
 
 def digits(count: int = 6) -> Dataset:
@@ -271,7 +270,17 @@ def test_trap_O5_a_network_that_ignores_an_input_is_refused(to: str, message: st
             trained(trainer, 1)
 
 
-def test_the_reader_reports_what_is_wrong_with_the_data() -> None:
+def test_reading_ahead_changes_nothing(tmp_path: Path) -> None:
+    dataset = points()
+    ahead = Trainer(dataset, recipe(dataset))
+    ahead.reads_ahead = True
+    assert bits(trained(ahead, 5)) == bits(trained(Trainer(dataset, recipe(dataset)), 5))
+    ahead.restore(through_disk(trained(Trainer(dataset, recipe(dataset)), 2), tmp_path).snapshot(), "here")
+    assert bits(trained(ahead, 3)) == bits(trained(Trainer(dataset, recipe(dataset)), 5))  # what was read is not used
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_reader_reports_what_is_wrong_with_the_data(ahead: bool) -> None:
     class Broken(Dataset):
         def __init__(self) -> None:
             whole = points()
@@ -286,6 +295,7 @@ def test_the_reader_reports_what_is_wrong_with_the_data() -> None:
             values[0] = np.nan
             return values, labels
 
-    chosen: Recipe = recipe(points())
+    trainer = Trainer(Broken(), recipe(points()))
+    trainer.reads_ahead = ahead
     with pytest.raises(UndiffuseError, match="NaN"):
-        Trainer(Broken(), replace(chosen)).update()
+        trainer.update()

@@ -74,6 +74,7 @@ class Trainer:
     Attributes:
         step: updates done.
         plan: may be set between updates, when a run with a time budget learns its length.
+        reads_ahead: read the next batch in a thread while this one is computed; changes nothing but the speed.
         ema: the averaged weights, which are what is sampled from.
     """
 
@@ -121,6 +122,7 @@ class Trainer:
         self.loss_sum = torch.zeros((), device=self.device)  # since the last call of mean_loss
         self.loss_count = 0
         self._first_bad = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.reads_ahead = self.device.type != "cpu"  # a CPU has nothing else to read with than what computes
         self._reader = ThreadPoolExecutor(1, "undiffuse-data")
         self._coming: tuple[int, Future[tuple[Tensor, dict[str, Tensor]]]] | None = None
 
@@ -284,7 +286,9 @@ class Trainer:
     # --- its parts ----------------------------------------------------------------------------------------------------
 
     def _batch(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """This device's share of the batch of this step; the next one is read meanwhile."""
+        """This device's share of the batch of this step; the next one is read while an accelerator computes."""
+        if not self.reads_ahead:
+            return self._read(self.step)
         step, future = self._coming or (-1, None)
         if future is None or step != self.step:
             future = self._reader.submit(self._read, self.step)
