@@ -27,7 +27,7 @@ from undiffuse.config import load_json, override
 from undiffuse.data import from_array
 from undiffuse.errors import UndiffuseError, UndiffuseWarning
 from undiffuse.pipeline import REGISTRIES, Pipeline
-from undiffuse.training import Diverged, Progress, Recipe, Trainer, checkpoint, run_training
+from undiffuse.training import Diverged, Progress, Recipe, Trainer, checkpoint, make_recipe, run_training
 
 Screen = pytest.CaptureFixture[str]
 
@@ -236,6 +236,39 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UndiffuseError, match="a file; --out names a folder"):
         run(tmp_path / "thesis.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+SETTINGS: dict[str, list[str]] = {
+    "flow": [],
+    "unconditional": ["model.conditional=false", "sampling.guidance_scale=2"],
+    "EDM": [
+        *("model.schedule=edm", "model.prediction=edm", "model.label=log_sigma", "model.input_scale=unit_variance"),
+        *("objective.times=log_normal", "objective.weight=edm", "sampling.grid=karras", "sampling.solver=heun"),
+    ],
+    "DDPM with learned variance": [
+        *("model.schedule=cosine", "model.prediction=eps", "model.label=discrete", "model.learned_variance=true"),
+        *("objective.weight=min_snr", "sampling.solver=ddpm_learned"),
+    ],
+}
+ARRAYS = {
+    "points": np.linspace(-2, 3, 24, dtype=np.float32).reshape(8, 3),
+    "grey pictures": (np.arange(8 * 36) % 251).astype(np.uint8).reshape(8, 6, 6),
+    "colour pictures": (np.arange(8 * 105) % 251).astype(np.uint8).reshape(8, 5, 7, 3),
+    "sound": np.sin(np.arange(8 * 40, dtype=np.float32)).reshape(8, 1, 40),
+}
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_tiny_trains_on_every_kind_of_data(setting: str, kind: str, tmp_path: Path) -> None:
+    dataset = from_array(ARRAYS[kind], np.arange(8) % 3)
+    chosen = override(make_recipe("tiny", dataset.spec, len(dataset)), SETTINGS[setting], REGISTRIES)
+    chosen = replace(chosen, training=replace(chosen.training, images=32, preview_every=0, previews=2))
+    assert run_training(dataset, chosen, tmp_path).step == 2
+    samples = Pipeline.load(tmp_path).sample(3)
+    assert samples.shape == (3, *ARRAYS[kind].shape[1:])
+    assert samples.dtype == ARRAYS[kind].dtype
+    assert len(list((tmp_path / "samples").iterdir())) == 1
 
 
 # --- previews ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -144,23 +144,23 @@ def _screen() -> Iterator[tuple[Callable[[str], None], Callable[[Progress], None
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        bar = tqdm(unit="img", unit_scale=True, dynamic_ncols=True, leave=False, smoothing=0.1)
+        bars: list[tqdm[Any]] = []
 
         def move(progress: Progress) -> None:
-            if bar.total != progress.total_images:
-                bar.total = progress.total_images
-                bar.refresh()
-            if bar.n == 0 and progress.images > 0 and bar.initial == 0:
-                bar.initial = bar.n = progress.images  # a resumed run does not count what it did before as its speed
-                return
+            if not bars:  # only now, so that it stands below the header; what came before is not this run's speed
+                start = {"initial": progress.images, "total": progress.total_images}
+                bars.append(tqdm(unit="img", unit_scale=True, dynamic_ncols=True, leave=False, **start))
+            bar = bars[0]
+            bar.total = progress.total_images
             if progress.loss is not None:
                 bar.set_postfix_str(f"loss {progress.loss:.4f}", refresh=False)
             bar.update(progress.images - bar.n)
 
         try:
-            yield lambda line: bar.write(line, file=sys.stdout), move
+            yield lambda text: tqdm.write(text, file=sys.stdout), move
         finally:
-            bar.close()
+            for bar in bars:
+                bar.close()
         return
     last = time.monotonic()
 
