@@ -161,6 +161,7 @@ if TYPE_CHECKING:
     from .training import run_training as run_training
 
     # the verbs of the command line
+    from .commands.demo import demo as demo
     from .commands.train import train as train
     from .commands.sample import sample as sample
     from .commands.ls import ls as ls

@@ -29,6 +29,7 @@ from typing import Any, TextIO
 from ..errors import UndiffuseError, UndiffuseWarning
 
 VERBS = {
+    "demo": "train on real handwritten digits and sample from the model",
     "train": "train a model on your own data",
     "sample": "sample from a saved model",
     "ls": "list the runs in a folder",
@@ -36,6 +37,8 @@ VERBS = {
 }
 
 EXAMPLES = """
+  undiffuse demo                     two minutes from nothing to digits
+  undiffuse train FOLDER             your own pictures
   undiffuse sample runs/demo         a grid of samples, samples.png
   undiffuse ls                       the runs in ./runs
   undiffuse show runs/demo           what was trained, how far, and where

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 EXAMPLES = """
-undiffuse demo                     train on real handwritten digits, then sample
+undiffuse demo                     train on handwritten digits, then sample
 undiffuse demo --out runs/other --seed 1
 """
 
