@@ -77,10 +77,11 @@ class Likelihood:
     Attributes:
         log_prob: the logarithm of what ``kind`` says.
         error: standard error from the random probes; 0 for the exact trace.
-        start_cost: first-order estimate of ``log p(data) - log_prob`` from starting at ``start`` instead of clean
-            data; not added. Where it is not small, neither is what it leaves out: start lower.
-        start: sigma/alpha of the first level. The density is that of the data smoothed by noise of this deviation (in
-            model units).
+        start: sigma/alpha of the first level. The density is the model's at this level, that of data smoothed by noise
+            of this deviation (in model units).
+        start_cost: what that changes: an estimate, of first order, of ``log p(clean) - log_prob``; not added. It takes
+            the denoiser's word for the score: a trained one is often wrong about clean data, and then a second start
+            level is the way to measure it. Integers do not have this cost: their bound holds at any start.
         dims: the number of elements D.
         calls: denoiser calls, each with one backward pass a dimension or probe.
         kind: what log_prob is the logarithm of, in words.
@@ -89,8 +90,8 @@ class Likelihood:
 
     log_prob: Tensor
     error: Tensor
-    start_cost: Tensor
     start: float
+    start_cost: Tensor
     dims: int
     calls: int
     kind: str
@@ -114,16 +115,15 @@ class Likelihood:
             for values in zip(*((p.log_prob, p.error, p.start_cost, p.latent) for p in parts), strict=True)
         )
         first, calls = parts[0], sum(part.calls for part in parts)
-        return Likelihood(log_prob, error, cost, first.start, first.dims, calls, first.kind, latent)
+        return Likelihood(log_prob, error, first.start, cost, first.dims, calls, first.kind, latent)
 
     def __str__(self) -> str:
         n, bits = len(self.log_prob), self.bits_per_dim
         over = float(bits.std()) / sqrt(n) if n > 1 else 0.0
         probed = float(self.bits_error.square().mean().sqrt()) / sqrt(n)
-        cost = float(self.start_cost.mean()) / (-log(2) * self.dims)
         return (
             f"{float(bits.mean()):.4f} bits/dim, mean of {n} (standard error {over:.4f} over samples, {probed:.4f} of "
-            f"it from probes): {self.kind}; start level {self.start:.3g} changes it by about {-cost:.2g} bits/dim"
+            f"it from probes): {self.kind}, at noise {self.start:.3g}"
         )
 
 
@@ -149,7 +149,7 @@ def log_likelihood(
     *,
     units: Units | None = None,
     steps: int = 100,
-    start: float = 1e-3,
+    start: float | None = None,
     probes: int | None = None,
     seed: int = 0,
     samples: Sequence[int] | None = None,
@@ -163,7 +163,9 @@ def log_likelihood(
         units: of the data. Integer data are dequantised, and the result bounds the log-probability of the integers from
             below; other data get a density in their own units (traps D6, V12). None: a density in model units.
         steps: of the integrator, from ``start`` to t = 1.
-        start: sigma/alpha of the first level; raised to that of the first level of a table.
+        start: sigma/alpha of the first level; raised to that of the first level of a table. None: the deviation of the
+            dequantisation noise for integers, else 1e-3. For integers the bound is valid at any start: the model is
+            then the one that samples down to this level and rounds.
         probes: random probes of the trace, at least 2, the same along the whole path; 0: the exact trace. None: exact
             up to 64 dimensions, else 16 probes.
         seed, samples: of the dequantisation and the probes; sample i depends on ``(seed, samples[i])``; None: 0, 1, ...
@@ -182,10 +184,11 @@ def log_likelihood(
         raise UndiffuseError(f"a likelihood needs at least 2 steps, got {steps!r}")
     if probes < 0 or probes == 1:
         raise UndiffuseError(f"{probes} probes have no error bar: take at least 2, or 0 for the exact trace")
+    if start is None:
+        integers = units is not None and not units.dtype.startswith("float")
+        start = 1 / (sqrt(12) * max(units.scale)) if integers else 1e-3
     if not start > 0:
-        raise UndiffuseError(
-            f"the start level of a likelihood must be above 0, got {start}: 1e-3 costs next to nothing"
-        )
+        raise UndiffuseError(f"the start level of a likelihood must be above 0, got {start}: try 1e-3")
     streams = Streams(seed, range(len(x)) if samples is None else samples)
     if len(streams.generators) != len(x):
         raise UndiffuseError(f"{len(streams.generators)} sample numbers for {len(x)} samples")
@@ -241,7 +244,7 @@ def log_likelihood(
     end = levels[-1]
     latent = combine((torch.hypot(end.alpha, end.sigma), w))
     ratio = float(first.sigma / first.alpha)
-    return Likelihood(log_p.mean(0), error, start_cost, ratio, dims, calls, kind, latent)
+    return Likelihood(log_p.mean(0), error, ratio, start_cost, dims, calls, kind, latent)
 
 
 def _legs(levels: Sequence[Level], rule: Integrator) -> Iterator[tuple[float, list[tuple[Level, float]]]]:

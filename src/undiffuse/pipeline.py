@@ -360,7 +360,7 @@ class Pipeline:
         classes: Sequence[int | None] | None = None,
         *,
         steps: int = 100,
-        start: float = 1e-3,
+        start: float | None = None,
         probes: int | None = None,
         seed: int = 0,
         batch_size: int = BATCH,
