@@ -84,8 +84,7 @@ def trajectory(denoise: Denoise, x: Tensor, levels: Sequence[Level], solver: Sol
 # From so many calls on: the solver, and rho, scale and least of its flow-power grid.
 _DEFAULTS: tuple[tuple[int, Solver, FlowPower], ...] = (
     (1, IPNDM(3), FlowPower(4.0, 6.0, 0.03)),
-    (7, IPNDM(3), FlowPower(5.0, 14.0, 0.004)),
-    (9, IPNDM(3), FlowPower(4.0, 10.0, 0.004)),
+    (7, IPNDM(3), FlowPower(4.0, 10.0, 0.004)),
     (13, IPNDM(3), FlowPower(2.5, 5.0, 0.004)),
     (18, IPNDM(3), FlowPower(2.0, 4.0, 0.004)),
     (35, UniPC(4), FlowPower(4.0, 6.0, 0.002)),
