@@ -60,7 +60,7 @@ def ours(solver: Solver, x: Tensor, said: Estimate) -> Callable[[], float]:
         levels, memory, y = LogSNR().levels(VP(), STEPS), None, x
         begin = time.perf_counter()
         for here, there in pairwise(levels):
-            y, memory, _ = answer(solver.step(y, here, there, memory, lambda *_: said.x0), nothing)
+            y, memory, _ = answer(solver.step(y, here, there, memory, lambda x, here, there: said.x0), nothing)
         return (time.perf_counter() - begin) / STEPS
 
     return once

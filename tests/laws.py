@@ -11,7 +11,7 @@ which divides by neither alpha nor sigma. Everything is float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -27,7 +27,7 @@ from undiffuse.levels import Estimate, Level
 from undiffuse.predictions import Prediction
 from undiffuse.sampling import answer, trajectory
 from undiffuse.schedules import EDM, Schedule
-from undiffuse.solvers import Solver
+from undiffuse.solvers import Noise, Solver
 
 F64 = torch.float64
 
@@ -157,10 +157,14 @@ def no_noise(x: Tensor, here: Level, there: Level) -> Tensor:
     raise AssertionError("noise was drawn")
 
 
-def fixed_noise(seed: int) -> Callable[[Tensor, Level, Level], Tensor]:
+def fixed_noise(seed: int) -> Noise:
     """One stream for the whole batch, float64."""
     generator = torch.Generator().manual_seed(seed)
-    return lambda x, here, there: torch.randn(x.shape, dtype=x.dtype, generator=generator)
+
+    def noise(x: Tensor, here: Level, there: Level) -> Tensor:
+        return torch.randn(x.shape, dtype=x.dtype, generator=generator)
+
+    return noise
 
 
 def run(denoise: Denoise, x: Tensor, levels: Sequence[Level], solver: Solver, noise: Any = no_noise) -> Tensor:

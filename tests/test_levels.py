@@ -24,15 +24,13 @@ def test_combine_is_the_sum_whatever_the_shape_of_the_coefficients(
 ) -> None:
     xs = [normal(3, 2, 2, seed=i).to(dtype) for i in range(len(numbers))]
     terms = [(tensor(c) if one else c, x) for c, x in zip(numbers, xs, strict=True)]
-    exact = sum(c * x.double() for c, x in zip(numbers, xs, strict=True))
+    exact = torch.stack([c * x.double() for c, x in zip(numbers, xs, strict=True)]).sum(0)
     each = combine(*[(tensor(c).expand(3), x) for c, x in zip(numbers, xs, strict=True)])
     # float32 inside: what is left is one rounding of the result (and of float32's own sums)
     step = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6, torch.float64: 1e-15}[dtype]
     for got in (combine(*terms), each):
         assert got.dtype == dtype
-        assert worst(got.double(), exact) <= step * max(1.0, float(torch.as_tensor(exact).abs().max())) + 1e-4 * (
-            step == 1e-6
-        )
+        assert worst(got.double(), exact) <= step * max(1.0, float(exact.abs().max())) + 1e-4 * (step == 1e-6)
     assert torch.equal(xs[0], normal(3, 2, 2, seed=0).to(dtype))  # no input is written to
 
 

@@ -245,7 +245,7 @@ def test_the_variational_term_is_the_divergence_of_two_gaussians() -> None:
 
     def mean(x0: Tensor) -> Tensor:  # the step without its noise
         eps = (x - here.alpha[:, None] * x0) / here.sigma[:, None]
-        step = DDIM(1.0).step(x, here, there, None, lambda x, *_: torch.zeros_like(x))
+        step = DDIM(1.0).step(x, here, there, None, lambda x, here, there: torch.zeros_like(x))
         next(step)
         try:
             step.send(Estimate(x0, eps))

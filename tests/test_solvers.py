@@ -116,8 +116,8 @@ def test_the_type_of_x_is_kept(name: str, dtype: torch.dtype) -> None:
 def test_a_solver_is_a_value(name: str) -> None:
     """Frozen, equal to its copy, no state between runs: the same bits twice, also when two runs take turns."""
     solver, levels = SOLVERS[name], [VP()(t) for t in (0.9, 0.6, 0.4, 0.2, 0.0)]
-    assert solver == replace(solver)
-    assert hash(solver) == hash(replace(solver))
+    assert solver == replace(solver)  # type: ignore[type-var]
+    assert hash(solver) == hash(replace(solver))  # type: ignore[type-var]
     with pytest.raises(AttributeError):
         solver.order = 7  # type: ignore[misc]
     x = normal(3, 2)
