@@ -67,6 +67,12 @@ def test_trap_S23_strength_0_returns_the_input_and_1_ignores_it(solver) -> None:
     assert 0 < float((between - KNOWN).norm(dim=1).mean()) < float((free - KNOWN).norm(dim=1).mean())
 
 
+def test_trap_S23_strength_1_ignores_the_input_where_signal_is_left_at_the_end() -> None:
+    """LinearBetas keep 0.6 % of the amplitude at t = 1; sampling starts without it."""
+    a, b = (image_to_image(PLANE, LinearBetas(), x, 1.0, steps=5, solver=Euler()) for x in (KNOWN, -9 * KNOWN))
+    assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("strength", [0.05, 0.3, 0.5, 0.999])
 def test_trap_S23_noise_is_added_at_the_level_that_is_asked_first(name: str, strength: float) -> None:

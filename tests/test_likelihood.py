@@ -278,11 +278,12 @@ def test_pipeline_takes_values_in_their_own_units_in_any_batches() -> None:
 
 def test_pipeline_asks_each_value_with_its_own_class() -> None:
     pipeline = small_pipeline((2,), 4)
-    values = np.full((4, 2), 100, np.uint8)
-    each = pipeline.log_likelihood(values, [3, 1, None, 0], steps=4)
+    values = np.full((5, 2), 100, np.uint8)
+    each = pipeline.log_likelihood(values, [3, 1, None, 0, 2], steps=4)
     none = pipeline.log_likelihood(values, steps=4)
-    turned = pipeline.log_likelihood(values[:3], [3, 1, None], steps=4, batch_size=1)
-    assert float((each.log_prob[:3] - turned.log_prob).abs().max()) < 1e-4
+    turned = pipeline.log_likelihood(values, [3, 1, None, 0, 2], steps=4, batch_size=3)  # a last batch of two
+    assert float((each.log_prob - turned.log_prob).abs().max()) < 1e-4
+    assert abs(float(each.log_prob[3] - none.log_prob[3]) - float(each.log_prob[4] - none.log_prob[4])) > 1e-3
     assert float(each.log_prob[2] - none.log_prob[2]) == pytest.approx(0, abs=1e-4)
     assert abs(float(each.log_prob[0] - none.log_prob[0])) > 1e-3
 
