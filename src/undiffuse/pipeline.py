@@ -2,7 +2,7 @@
 
     folder/
       model.safetensors   the weights; what they mean (network, schedule, prediction, label, units) in their metadata
-      pipeline.json       the same for people, and the default sampling settings
+      pipeline.json       the same for people, the default sampling settings, and those tuned for some numbers of steps
 
 Loading refuses to guess: what is missing, or stated differently in the two files, is an error. Nothing is unpickled.
 """
@@ -27,6 +27,7 @@ from .data.spec import DataSpec
 from .denoiser import INPUT_SCALES, LABELS, Denoise, Denoiser, InputScale, Label
 from .errors import UndiffuseError, unknown
 from .grids import GRIDS, Grid, Uniform
+from .grids import Times as TimesGrid
 from .guidance import cfg, interval, remember, rescale, threshold
 from .levels import Estimate, Level
 from .likelihood import Likelihood, log_likelihood
@@ -37,6 +38,7 @@ from .predictions import PREDICTIONS, Prediction
 from .sampling import Frame, start, trajectory
 from .schedules import SCHEDULES, Schedule
 from .solvers import SOLVERS, DPMpp2M, Solver
+from .solvers.learned import Learned
 from .weights import check_fits, load_into, read_header, read_weights, shapes, write_weights
 
 REGISTRIES: dict[type, Mapping[str, Any]] = {
@@ -44,8 +46,9 @@ REGISTRIES: dict[type, Mapping[str, Any]] = {
     Prediction: PREDICTIONS,
     Label: LABELS,
     InputScale: INPUT_SCALES,
-    Solver: SOLVERS,
-    Grid: GRIDS,
+    # A learned solver and an explicit grid are of one model and so many steps: files hold them, nobody asks by name.
+    Solver: {**SOLVERS, "learned": Learned()},
+    Grid: {**GRIDS, "times": TimesGrid()},
     Times: TIMES,
     Weight: WEIGHTS,
 }
@@ -113,6 +116,14 @@ class Sampling:
     threshold: Literal["none", "static", "dynamic"] = "none"
 
 
+@dataclass(frozen=True)
+class Tunings:
+    """What ``undiffuse solvers MODEL --tune N`` keeps in ``pipeline.json``: settings, and of which weights."""
+
+    weights: str
+    settings: tuple[Sampling, ...]
+
+
 def guided(cond: Denoise, uncond: Denoise, sampling: Sampling) -> Denoise:
     """``cond`` with the guidance and the threshold that ``sampling`` asks for; data in [-1, 1]."""
     cond = remember(cond)
@@ -134,16 +145,25 @@ class Pipeline:
         spec: shape, units and class names of the data.
         sampling: the default settings.
         info: where it comes from (data, images seen, EMA profile, ...); JSON, for people.
+        tuned: settings whose solver and grid were fitted to these weights; :meth:`settings` takes them where all else
+            is equal, the number of steps included.
     """
 
     def __init__(
-        self, denoiser: Denoiser, config: ModelConfig, spec: DataSpec, sampling: Sampling, info: dict[str, Any]
+        self,
+        denoiser: Denoiser,
+        config: ModelConfig,
+        spec: DataSpec,
+        sampling: Sampling,
+        info: dict[str, Any],
+        tuned: tuple[Sampling, ...] = (),
     ) -> None:
         self.denoiser = denoiser
         self.config = config
         self.spec = spec
         self.sampling = sampling
         self.info = info
+        self.tuned = tuned
 
     @property
     def device(self) -> torch.device:
@@ -165,15 +185,26 @@ class Pipeline:
         """Write the folder, each file atomically; returns its path."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        meaning = {
+        weights = {"undiffuse": json.dumps(self._meaning())}
+        write_weights(folder / "model.safetensors", self.denoiser.state_dict(), weights)
+        return self.save_settings(folder)
+
+    def save_settings(self, folder: str | Path) -> Path:
+        """Write ``pipeline.json`` alone, beside weights that are there; returns the folder."""
+        stated = {**self._meaning(), "sampling": to_json(self.sampling, REGISTRIES)}
+        if self.tuned:
+            settings = [to_json(each, REGISTRIES) for each in self.tuned]
+            stated["tuned"] = {"weights": self.fingerprint, "settings": settings}
+        write_json_atomic(Path(folder) / "pipeline.json", stated)
+        return Path(folder)
+
+    def _meaning(self) -> dict[str, Any]:
+        return {
             "format": FORMAT,
             "model": to_json(self.config, REGISTRIES),
             "data": self.spec.to_json(),
             "info": self.info,
         }
-        write_weights(folder / "model.safetensors", self.denoiser.state_dict(), {"undiffuse": json.dumps(meaning)})
-        write_json_atomic(folder / "pipeline.json", {**meaning, "sampling": to_json(self.sampling, REGISTRIES)})
-        return folder
 
     @staticmethod
     def load(path: str | Path, device: str | torch.device = "cpu") -> Pipeline:
@@ -204,6 +235,7 @@ class Pipeline:
             )
         config = from_json(ModelConfig, stated["model"], str(described), REGISTRIES)
         sampling = from_json(Sampling, stated["sampling"], str(described), REGISTRIES)
+        tuned = from_json(Tunings, stated["tuned"], f"{described}: tuned", REGISTRIES) if "tuned" in stated else None
         spec = DataSpec.from_json(stated["data"])
         with torch.device("meta"):
             wanted = shapes(config.modules().state_dict())
@@ -214,7 +246,14 @@ class Pipeline:
             denoiser = config.build()
         load_into(denoiser, read_weights(weights), str(weights))
         denoiser.to(device).eval()
-        return Pipeline(denoiser, config, spec, sampling, dict(stated.get("info", {})))
+        pipeline = Pipeline(denoiser, config, spec, sampling, dict(stated.get("info", {})))
+        if tuned is not None:
+            if tuned.weights != pipeline.fingerprint:
+                raise UndiffuseError(
+                    f'{described}: its tuned settings are of other weights; remove "tuned" and tune again'
+                )
+            pipeline.tuned = tuned.settings
+        return pipeline
 
     # --- sampling ---
 
@@ -267,7 +306,8 @@ class Pipeline:
     def settings(self, stated: dict[str, Any] | None = None, **changes: Any) -> Sampling:
         """The default settings (or those ``stated`` in a file's JSON) with some changed by name.
 
-        Solvers and grids may be given by name; unknown names raise.
+        Solvers and grids may be given by name; unknown names raise. Where neither is given and the rest, the number of
+        steps above all, is what the model was tuned for, the tuned solver and grid are taken.
         """
         settings = self.sampling if stated is None else from_json(Sampling, stated, "sampling settings", REGISTRIES)
         for name, value in changes.items():
@@ -278,7 +318,12 @@ class Pipeline:
                 if value not in registry:
                     raise unknown(name, value, registry)
                 changes[name] = registry[value]
-        return replace(settings, **changes)
+        asked = replace(settings, **changes)
+        if stated is None and "solver" not in changes and "grid" not in changes:
+            for tuned in self.tuned:
+                if replace(asked, solver=tuned.solver, grid=tuned.grid) == tuned:
+                    return tuned
+        return asked
 
     def frames(
         self,
@@ -289,7 +334,7 @@ class Pipeline:
         sampling: Sampling | None = None,
     ) -> Iterator[Frame]:
         """The trajectory of one batch, noise first: ``steps + 1`` frames in model units. Stop iterating to cancel."""
-        sampling = sampling or self.sampling
+        sampling = sampling or self.settings()
         numbers = range(samples) if isinstance(samples, int) else samples
         denoise = self.denoise(self.conditions(numbers, classes), sampling)
         noise = Streams(seed, numbers)
@@ -314,7 +359,7 @@ class Pipeline:
 
         ``progress(done, total)`` counts steps over all batches. Raises if a sample is not finite.
         """
-        sampling = sampling or self.sampling
+        sampling = sampling or self.settings()
         numbers = list(range(samples)) if isinstance(samples, int) else list(samples)
         if not numbers or batch_size < 1:
             raise UndiffuseError(

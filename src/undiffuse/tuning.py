@@ -14,6 +14,7 @@ Whatever is best on noises that the fit has not seen is returned: also the fixed
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .denoiser import Denoise
-from .errors import UndiffuseError, unknown
+from .errors import UndiffuseError, UndiffuseWarning, unknown
 from .grids import GRIDS, Grid, Times
 from .levels import Estimate, Level, combine
 from .noise import Streams
@@ -180,10 +181,9 @@ def tune(
     if measured and measured[0].error < best[0]:
         best = (measured[0].error, named[measured[0].solver], spacings[measured[0].grid])
     if calls > 1:
-        for pair in _starts(measured, named):
-            base = named[pair.solver]
-            assert isinstance(base, Multistep)
-            found = _fit(denoise, schedule, base, spacings[pair.grid].times(schedule, calls), points, rounds, fit, held)
+        every = [(default, solver, grid), *((p.error, named[p.solver], spacings[p.grid]) for p in measured)]
+        for base, begin in _starts(every):
+            found = _fit(denoise, schedule, base, begin.times(schedule, calls), points, rounds, fit, held)
             best = min(best, found, key=lambda each: each[0])
     value, solver, grid = best
     tick(-1)
@@ -219,13 +219,13 @@ def _fits(grid: Grid, schedule: Schedule, calls: int) -> bool:
         return False
 
 
-def _starts(measured: Sequence[Pair], named: dict[str, Solver]) -> list[Pair]:
-    """The two best multistep pairs with different solvers: what is best on a fixed grid need not be so on its own."""
-    starts: list[Pair] = []
-    for pair in measured:
-        if isinstance(named[pair.solver], Multistep) and pair.solver not in [p.solver for p in starts]:
-            starts.append(pair)
-    return starts[:2]
+def _starts(measured: Sequence[tuple[float, Solver, Grid]]) -> list[tuple[Multistep, Grid]]:
+    """The two best multistep solvers, each on its best grid: what is best on a fixed grid need not be so on its own."""
+    starts: dict[Multistep, Grid] = {}
+    for _, solver, grid in sorted(measured, key=lambda each: each[0]):
+        if isinstance(solver, Multistep):
+            starts.setdefault(solver, grid)
+    return list(starts.items())[:2]
 
 
 def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
@@ -283,6 +283,8 @@ def _fit(
         def closure(parameters: list[Tensor] = parameters) -> Tensor:
             t, weights = now()
             loss = distance(_differentiable_end(denoise, schedule, fit.x, t, weights), fit.end).log()
+            if not loss.requires_grad:
+                raise _NoGradient
             for p, gradient in zip(
                 parameters, torch.autograd.grad(loss, parameters, materialize_grads=True), strict=True
             ):
@@ -290,7 +292,15 @@ def _fit(
             return loss.detach()
 
         for _ in range(rounds):
-            search.step(closure)
+            try:
+                search.step(closure)
+            except _NoGradient:
+                warnings.warn(
+                    "the denoiser gives no gradient, so nothing was fitted: only solvers and grids were compared",
+                    UndiffuseWarning,
+                    stacklevel=3,
+                )
+                return best
             with torch.no_grad():
                 t, weights = now()
                 value = float(distance(_differentiable_end(denoise, schedule, held.x, t, weights), held.end))
@@ -306,6 +316,10 @@ def _fit(
             kept = _logits(torch.tensor([*best[2].values, 0.0], dtype=torch.float64), schedule.first)
             moves.copy_(2 * torch.atanh(((kept - first) / 2).clamp(-0.999, 0.999)))
     return best
+
+
+class _NoGradient(Exception):
+    """The end of the trajectory does not depend on what is fitted, as far as torch can see."""
 
 
 def _learned(grid: Times, weights: Sequence[Tensor]) -> Learned:

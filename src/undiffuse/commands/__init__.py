@@ -32,6 +32,7 @@ VERBS = {
     "demo": "train on real handwritten digits and sample from the model",
     "train": "train a model on your own data",
     "sample": "sample from a saved model",
+    "solvers": "list the solvers, find the best for a model, tune a grid for it",
     "ls": "list the runs in a folder",
     "show": "describe a run or a saved model",
 }

@@ -109,6 +109,9 @@ def sample(
     begun = time.monotonic()
     with progress_bar() as tick:
         write_samples(target, pipeline, count, seed, chosen, settings, batch, tick, str(model), options)
+    shown = describe(settings)
+    if settings in pipeline.tuned:
+        shown["grid"] = "tuned"
     return Sampled(
         path=target,
         samples=count,
@@ -116,7 +119,7 @@ def sample(
         dtype=pipeline.spec.dtype,
         seed=seed,
         classes=None if chosen is None else tuple("none" if c is None else pipeline.spec.classes[c] for c in chosen),
-        **describe(settings),
+        **shown,
         calls=pipeline.calls(settings),
         seconds=time.monotonic() - begun,
     )

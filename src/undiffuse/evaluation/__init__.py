@@ -1,0 +1,1 @@
+"""Evaluation: how near samples are to what they should be."""
