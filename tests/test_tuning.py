@@ -29,15 +29,14 @@ from undiffuse.pipeline import REGISTRIES, ModelConfig, Pipeline, Sampling
 from undiffuse.predictions import V
 from undiffuse.sampling import default_sampling
 from undiffuse.schedules import SCHEDULES, VP, Cosine, Schedule
-from undiffuse.solvers import DEIS, IPNDM, SOLVERS, ExponentialAdams
+from undiffuse.solvers import DEIS, IPNDM, SOLVERS, ExponentialAdams, Solver, UniPC
 from undiffuse.solvers.learned import Learned
-from undiffuse.solvers.multistep import Multistep
 from undiffuse.tuning import Tuned, _base_weights, _differentiable_end, _learned, distance, fine_solution, tune
 
 LIKE = torch.empty(0, dtype=F64)
 
 
-def learned_from(base: Multistep, schedule: Schedule, steps: int, points: int = 4) -> Learned:
+def learned_from(base: Solver, schedule: Schedule, steps: int, points: int = 4) -> Learned:
     times = GRIDS["log_snr"].times(schedule, steps)
     return _learned(Times(tuple(times[:-1].tolist())), _base_weights(base, schedule, times, points))
 
@@ -45,9 +44,11 @@ def learned_from(base: Multistep, schedule: Schedule, steps: int, points: int = 
 # --- the solver -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", [IPNDM(1), IPNDM(3), DEIS(4), ExponentialAdams(4)], ids=repr)
+@pytest.mark.parametrize(
+    "base", [IPNDM(1), IPNDM(3), DEIS(4), ExponentialAdams(4), UniPC(1), UniPC(3), UniPC(2, True)], ids=repr
+)
 @pytest.mark.parametrize("name", ["vp", "edm", "flow", "zero_terminal_snr"])
-def test_a_learned_solver_with_the_weights_of_another_is_that_solver(base: Multistep, name: str) -> None:
+def test_a_learned_solver_with_the_weights_of_another_is_that_solver(base: Solver, name: str) -> None:
     schedule = SCHEDULES[name]
     grid = GRIDS["log_snr"]
     solver = learned_from(base, schedule, 7)

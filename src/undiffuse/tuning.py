@@ -3,7 +3,7 @@
 No data is needed. From the same noise, the probability-flow ODE of a model has one end; it is computed once with many
 calls. What is tuned is then fitted to it by gradient through the whole trajectory:
 
-1. every fixed (solver, grid) pair is measured, and the best multistep pairs go on;
+1. every fixed (solver, grid) pair is measured, and the two best solvers go on;
 2. their times move (Xue et al. 2024, arXiv:2402.17376, fit times to the fine solution too); the weights of the
    polynomial follow the times as they always do;
 3. then the weights of the past estimates at each step are free as well (Shaul et al. 2024, arXiv:2403.01329), which
@@ -219,11 +219,11 @@ def _fits(grid: Grid, schedule: Schedule, calls: int) -> bool:
         return False
 
 
-def _starts(measured: Sequence[tuple[float, Solver, Grid]]) -> list[tuple[Multistep, Grid]]:
-    """The two best multistep solvers, each on its best grid: what is best on a fixed grid need not be so on its own."""
-    starts: dict[Multistep, Grid] = {}
+def _starts(measured: Sequence[tuple[float, Solver, Grid]]) -> list[tuple[Solver, Grid]]:
+    """The two best solvers, each on its best grid: what is best on a fixed grid need not be so on its own."""
+    starts: dict[Solver, Grid] = {}
     for _, solver, grid in sorted(measured, key=lambda each: each[0]):
-        if isinstance(solver, Multistep):
+        if isinstance(solver, (Multistep, UniPC)):
             starts.setdefault(solver, grid)
     return list(starts.items())[:2]
 
@@ -255,7 +255,7 @@ def _counted(denoise: Denoise, tick: Callable[[int], None]) -> Denoise:
 def _fit(
     denoise: Denoise,
     schedule: Schedule,
-    base: Multistep,
+    base: Solver,
     times: Tensor,
     points: int,
     rounds: int,
@@ -308,7 +308,7 @@ def _fit(
                 break
             if value < best[0]:
                 grid = Times(tuple(t[:-1].tolist()))
-                pure = parameters[-1] is moves
+                pure = parameters[-1] is moves and _method(base)[1] < points  # else some of its weights are left out
                 best = (value, base if pure else _learned(grid, weights), grid)
         # What follows starts from the times that are best on noises not fitted.
         assert isinstance(best[2], Times)
@@ -338,28 +338,56 @@ def _times(logits: Tensor, least: float) -> Tensor:
     return torch.cat([one, least + (1 - least) * torch.cumprod(torch.sigmoid(logits), 0), 0 * one])
 
 
-def _base_weights(base: Multistep, schedule: Schedule, times: Tensor, points: int) -> list[Tensor]:
+def _base_weights(base: Solver, schedule: Schedule, times: Tensor, points: int) -> list[Tensor]:
     """``[j, 2]`` weights of each step but the last: those of ``base``, zero for estimates that it does not use.
 
     They are computed in floats; their derivative with respect to the times, by central differences.
     """
-    column = 0 if base.data_form else 1
+    column, reach, gains = _method(base)
     rows = []
     for n in range(len(times) - 2):
-        used = min(n, base.points - 1)
+        used = min(n, reach)
         row = torch.zeros(min(n, points - 1), 2, dtype=torch.float64)
         if used and len(row):
-            near = times[[n + 1, n, *range(n - 1, n - 1 - used, -1)]]
-            own = _with_slope(lambda t: _own_weights(base, schedule, t), near)[: len(row)]
-            row = torch.cat([torch.stack([own, 0 * own][:: 1 if column == 0 else -1], 1), row[len(own) :]])
+
+            def weights(t: Tensor) -> Tensor:
+                there, here, *past = (Point(float(v.t), float(v.alpha), float(v.sigma), schedule) for v in schedule(t))
+                scale = (noise_scale if column else data_scale)(there, here)
+                return torch.tensor([gain / scale for gain in gains(there, here, past)], dtype=torch.float64)
+
+            own = _with_slope(weights, times[[n + 1, n, *range(n - 1, n - 1 - used, -1)]])[: len(row)]
+            pair = [0 * own, own] if column else [own, 0 * own]
+            row = torch.cat([torch.stack(pair, 1), row[len(own) :]])
         rows.append(row)
     return rows
 
 
-def _own_weights(base: Multistep, schedule: Schedule, times: Tensor) -> Tensor:
-    there, here, *past = (Point(float(v.t), float(v.alpha), float(v.sigma), schedule) for v in schedule(times))
-    scale = (data_scale if base.data_form else noise_scale)(there, here)
-    return torch.tensor([gain / scale for gain in base.gains(there, here, past)], dtype=torch.float64)
+def _method(base: Solver) -> tuple[int, int, Callable[[Point, Point, Sequence[Point]], Sequence[float]]]:
+    """A solver as gains of earlier estimates: of which kind (0: x0, 1: eps), how many, and their formula."""
+    if isinstance(base, UniPC):
+        return 0, base.p, lambda there, here, past: _predicted_and_corrected(base, there, here, past)
+    assert isinstance(base, Multistep)
+    return (0 if base.data_form else 1), base.points - 1, base.gains
+
+
+def _predicted_and_corrected(base: UniPC, there: Point, here: Point, past: Sequence[Point]) -> list[float]:
+    """The gains of UniPC from the sample that the estimate here was asked at, which was corrected only after it.
+
+    With d_j = x0_j - x0_0 (j = 1 is the step before), the correction of the sample here is
+    ``-c d_1 + sum_j (c_j - p_j) (d_{j+1} - d_1)``: c and c_j of the corrector, p_j of the predictor that led here. A
+    step scales it, as all of x, by sigma'/sigma.
+    """
+    before, *older = past
+    gains = [*base.predictor(there, here, past[: base.p - 1])]
+    gains += [0.0] * (len(past) - len(gains))
+    if before.alpha > 0:
+        new, *corrector = base.corrector(here, before, older)
+        kept = there.sigma / here.sigma
+        gains[0] -= kept * new
+        for j, (c, p) in enumerate(zip(corrector, base.predictor(here, before, older), strict=True), start=1):
+            gains[j] += kept * (c - p)
+            gains[0] -= kept * (c - p)
+    return gains
 
 
 def _with_slope(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
