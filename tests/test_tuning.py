@@ -31,7 +31,16 @@ from undiffuse.sampling import default_sampling
 from undiffuse.schedules import SCHEDULES, VP, Cosine, Schedule
 from undiffuse.solvers import DEIS, IPNDM, SOLVERS, ExponentialAdams, Solver, UniPC
 from undiffuse.solvers.learned import Learned
-from undiffuse.tuning import Tuned, _base_weights, _differentiable_end, _learned, distance, fine_solution, tune
+from undiffuse.tuning import (
+    HELD_OUT,
+    Tuned,
+    _base_weights,
+    _differentiable_end,
+    _learned,
+    distance,
+    fine_solution,
+    tune,
+)
 
 LIKE = torch.empty(0, dtype=F64)
 
@@ -177,6 +186,16 @@ def test_tuning_is_better_than_the_default_on_noises_it_has_not_seen(name: str, 
     assert fresh_error(PLANE, schedule, tuned, calls) < factor * default
     assert tuned.fine_error < 0.1 * tuned.error
     assert len(tuned.grid.times(schedule, calls)) == calls + 1
+
+
+def test_the_errors_that_are_reported_are_those_of_the_solver_that_is_returned() -> None:
+    tuned, schedule = tuned_for(PLANE, VP(), 5, rounds=2, samples=8), VP()
+    assert isinstance(tuned.solver, Learned)
+    for first, error in ((0, tuned.fitted), (HELD_OUT, tuned.error)):
+        x = Streams(0, range(first, first + 8)).draw((2,), LIKE)
+        x = x * float(torch.hypot(schedule(1.0).alpha, schedule(1.0).sigma))
+        got = run(PLANE, x, tuned.grid.levels(schedule, 5), tuned.solver)
+        assert float(distance(got, fine_solution(PLANE, schedule, x, 100))) == pytest.approx(error, rel=1e-5)
 
 
 @pytest.mark.parametrize("calls", [1, 2, 3])
