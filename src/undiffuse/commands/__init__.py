@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     A mistake in the input is one line on stderr and exit code 2; ``--debug`` anywhere shows the traceback. Anything
     that is not the user's mistake keeps its traceback.
     """
+    # Beside another busy process, threads that wait by spinning make training 15 to 30 times slower; waiting patiently
+    # costs a few per cent on a quiet machine (docs/benchmarks.md). Read when torch is first imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     words = list(sys.argv[1:] if argv is None else argv)
     debug, as_json = _take(words, "--debug"), _take(words, "--json")
     for stream in (sys.stdout, sys.stderr):
@@ -192,10 +195,10 @@ def _overview() -> str:
 
 def _help(verb: str, module: Any) -> str:
     width = 80
-    # An option that may be left open says so itself; "(default: None)" says nothing.
-    lines = re.sub(r"\s*\(default:\s+None\)", "", _tyro(verb, module, ["--help"])[2]).rstrip().splitlines()
-    screen = [part for line in lines for part in (textwrap.wrap(line.rstrip(), width) if len(line) > width else [line])]
-    text = "\n".join(line.rstrip() for line in screen)
+    # An option that may be left open says so itself; "(default: None)" says nothing. A path may be text in Python.
+    screen = re.sub(r"\s*\(default:\s+None\)", "", _tyro(verb, module, ["--help"])[2]).replace("PATH|STR", "PATH    ")
+    lines = [line.rstrip() for line in screen.rstrip().splitlines()]
+    text = "\n".join(part for line in lines for part in (textwrap.wrap(line, width) if len(line) > width else [line]))
     return f"{text}\n\nexamples:\n{_examples(module.EXAMPLES)}"
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from .options import AnyPath
+
 EXAMPLES = """
 undiffuse demo                     train on handwritten digits, then sample
 undiffuse demo --out runs/other --seed 1
@@ -23,7 +25,7 @@ class Demo:
     model: Path
 
 
-def demo(out: Path = Path("runs/demo"), seed: int = 0, device: str = "auto") -> Demo:
+def demo(out: AnyPath = Path("runs/demo"), seed: int = 0, device: str = "auto") -> Demo:
     """Train a class-conditional model from scratch on scikit-learn's 1,797 handwritten digits and sample from it.
 
     Leaves a run folder with a grid of samples (one class a row), the way from noise to digits as an animation, the
@@ -41,6 +43,7 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, device: str = "auto") -> 
     from ..pipeline import BATCH, Pipeline, resolve_device
     from .train import train
 
+    out = Path(out)
     train("digits", out=out, recipe="digits", seed=seed, device=device)
     pipeline = Pipeline.load(out, resolve_device(device))
     classes: list[int | None] = [row for row in range(ROWS) for _ in range(ROWS)]

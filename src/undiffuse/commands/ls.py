@@ -14,6 +14,7 @@ import tyro
 
 from ..config import load_json
 from ..errors import UndiffuseError
+from .options import AnyPath
 
 EXAMPLES = """
 undiffuse ls                       the runs in ./runs
@@ -40,7 +41,7 @@ class Run:
     note: str = ""  # why it is unreadable, or what else to know
 
 
-def ls(folder: Annotated[Path, tyro.conf.Positional] = Path("runs")) -> list[Run]:
+def ls(folder: Annotated[AnyPath, tyro.conf.Positional] = Path("runs")) -> list[Run]:
     """List the runs in a folder, the latest first.
 
     A run that cannot be read is listed with the reason; it never hides the others.
@@ -54,6 +55,7 @@ def ls(folder: Annotated[Path, tyro.conf.Positional] = Path("runs")) -> list[Run
     Raises:
         UndiffuseError: the folder does not exist.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "no such folder"
         raise UndiffuseError(f"{folder}: {what}; `undiffuse train DATA` makes runs, or name the folder that has yours")

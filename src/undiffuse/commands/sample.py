@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from ..errors import UndiffuseError, UndiffuseWarning, unknown
+from .options import AnyPath
 
 EXAMPLES = """
 undiffuse sample runs/demo                         a grid, in samples.png
@@ -45,7 +46,7 @@ class Sampled:
 
 
 def sample(
-    model: Annotated[Path | None, tyro.conf.Positional] = None,
+    model: Annotated[AnyPath | None, tyro.conf.Positional] = None,
     number: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None,
     solver: str | None = None,
     steps: int | None = None,
@@ -54,8 +55,8 @@ def sample(
     classes: str | None = None,
     seed: int | None = None,
     batch_size: int | None = None,
-    out: Path | None = None,
-    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
+    out: AnyPath | None = None,
+    from_: Annotated[AnyPath | None, tyro.conf.arg(name="from")] = None,
     device: str = "auto",
 ) -> Sampled:
     """Sample from a model and write a picture, a folder of pictures, an array or an animation.
@@ -92,10 +93,10 @@ def sample(
         "seed": seed,
         "batch_size": batch_size,
     }
-    made = made_by(from_) if from_ is not None else None
+    made = made_by(Path(from_)) if from_ is not None else None
     if model is None and made is None:
         raise UndiffuseError("name a model: undiffuse sample runs/NAME")
-    model = model or Path(made["model"] if made else "")
+    model = Path(model or (made["model"] if made else ""))
     options: dict[str, Any] = {**(made["options"] if made else {}), **{k: v for k, v in given.items() if v is not None}}
     pipeline = Pipeline.load(model, resolve_device(device))
     if made and made["weights"] != pipeline.fingerprint:
@@ -104,7 +105,7 @@ def sample(
     settings = pipeline.settings(made["sampling"] if made else None, **changes)
     count, seed, batch = options.get("number", 64), options.get("seed", 0), options.get("batch_size", BATCH)
     chosen = parse_classes(options["classes"], pipeline.spec.classes) if "classes" in options else None
-    target = out or Path("samples.png" if drawable(pipeline.spec) else "samples.npy")
+    target = Path(out or ("samples.png" if drawable(pipeline.spec) else "samples.npy"))
     check_target(target, pipeline.spec)
     begun = time.monotonic()
     with progress_bar() as tick:

@@ -13,6 +13,7 @@ import tyro
 from ..config import from_json, load_json
 from ..errors import UndiffuseError
 from .ls import Run, is_run, metrics_tail, read_run, short_bytes, short_count, short_time
+from .options import AnyPath
 
 EXAMPLES = """
 undiffuse show runs/demo           what was trained, how far, and where
@@ -49,7 +50,7 @@ class Shown:
     notes: list[str]  # what could not be read, and why
 
 
-def show(run_or_model: Annotated[Path, tyro.conf.Positional], tail: int = 5) -> Shown:
+def show(run_or_model: Annotated[AnyPath, tyro.conf.Positional], tail: int = 5) -> Shown:
     """Describe a run or a saved model: data, settings, parameters, terminal SNR, last metrics, files.
 
     Args:
@@ -59,7 +60,7 @@ def show(run_or_model: Annotated[Path, tyro.conf.Positional], tail: int = 5) -> 
     Raises:
         UndiffuseError: it is neither a run nor a model.
     """
-    path = find(run_or_model)
+    path = find(Path(run_or_model))
     if not is_run(path):
         return Shown(path, None, {}, "", read_model(path), [], _files(path), [])
     run, notes = read_run(path), []

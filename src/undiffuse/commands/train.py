@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ..errors import UndiffuseError
+from .options import AnyPath
 
 if TYPE_CHECKING:
     from ..training import Progress
@@ -44,7 +45,7 @@ class Trained:
 
 def train(
     data: Annotated[str, tyro.conf.Positional],
-    out: Path | None = None,
+    out: AnyPath | None = None,
     recipe: str = "default",
     steps: int | None = None,
     images: int | None = None,
@@ -54,7 +55,7 @@ def train(
     model_size: Literal["tiny", "small", "base", "large"] | None = None,
     seed: int = 0,
     device: str = "auto",
-    data_root: Path | None = None,
+    data_root: AnyPath | None = None,
     strict: bool = False,
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH=VALUE")] = (),
 ) -> Trained:
@@ -112,7 +113,7 @@ def train(
     chosen = make_recipe(recipe, dataset.spec, len(dataset), model_size)
     chosen = override(chosen, set, REGISTRIES)
     chosen = with_length(chosen, steps=steps, images=images, batch_size=batch_size)
-    folder = out or Path("runs") / (Path(data).stem if Path(data).exists() else data)
+    folder = Path(out) if out is not None else Path("runs") / (Path(data).stem if Path(data).exists() else data)
     with _screen() as (say, progress):
         result = run_training(
             dataset,
