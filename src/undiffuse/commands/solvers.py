@@ -424,23 +424,20 @@ def _draw(figures: Any, measured: Measured, out: Path) -> None:
     calls = sorted({row.calls for row in measured.rows})
     for name in dict.fromkeys(row.solver for row in measured.rows):
         own = [row for row in measured.rows if row.solver == name]
-        style = {
-            "marker": "o",
-            "markersize": 3,
-            "label": name,
-            "linewidth": 2.5 if name in ("default", "tuned") else 1.2,
-        }
+        style: dict[str, Any] = {"marker": "o", "markersize": 3, "label": name, "linewidth": 1.2}
+        if name in ("default", "tuned"):
+            style |= {"color": "black" if name == "default" else "crimson", "linewidth": 2.5, "markersize": 6}
         (line,) = left.plot([row.calls for row in own], [row.frechet for row in own], **style)
         exact = [(row.calls, row.error) for row in own if row.error is not None]
         if exact:
-            right.plot(*zip(*exact, strict=True), color=line.get_color(), **style)
+            right.plot(*zip(*exact, strict=True), **style | {"color": line.get_color()})
     left.axhline(measured.floor, color="grey", linestyle=":", linewidth=1, label="fine solution")
     left.set(title="Frechet distance", xlabel="calls")
     right.set(title="distance to the fine solution", xlabel="calls")
     for axis in (left, right):
         axis.set(xscale="log", yscale="log")
         axis.set_xticks(calls, [str(n) for n in calls])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3)
     left.legend(fontsize=7, ncols=2)
     figure.savefig(out, dpi=110)
