@@ -24,6 +24,7 @@ undiffuse sample runs/demo --out digits.npy -n 1000   the data's own units
 undiffuse sample runs/demo --out digits.webp       the way from noise to data
 undiffuse sample runs/demo --out folder/           one PNG a sample
 undiffuse sample --from samples.png                the same picture again
+undiffuse sample runs/demo --solver ddpm --steps 250 --set noise=brownian
 """
 
 
@@ -58,6 +59,7 @@ def sample(
     out: AnyPath | None = None,
     from_: Annotated[AnyPath | None, tyro.conf.arg(name="from")] = None,
     device: str = "auto",
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH=VALUE")] = (),
 ) -> Sampled:
     """Sample from a model and write a picture, a folder of pictures, an array or an animation.
 
@@ -71,17 +73,20 @@ def sample(
         classes: Numbers, names, ranges or `none`: `3`, `0-9`, `cat,dog`. Sample i gets class number i modulo how many
             are given (default: all in turn).
         seed: Sample i is a function of the seed and i (default 0).
-        batch_size: Samples computed together (default 64); it does not change what is sampled.
+        batch_size: Samples computed together (default 64); changes a sample by rounding only.
         out: A .png grid, a .npy array of shape [N, data shape] in the data's own units and dtype, a .gif or .webp of
             the trajectory, or a folder of PNGs (default samples.png; samples.npy for data that is no picture).
         from_: A PNG made by this command: make it again, except for the options that are given.
         device: auto, cpu, cuda, mps.
+        set: Change one more sampling setting, such as threshold=static, noise=brownian, guidance_interval=0.2,5 or
+            solver.eta=0.5; may be repeated.
 
     Raises:
         UndiffuseError: a model that cannot be loaded, an option out of range, a name that does not exist.
     """
+    from ..config import override
     from ..outputs import check_target, describe, drawable, made_by, write_samples
-    from ..pipeline import BATCH, Pipeline, resolve_device
+    from ..pipeline import BATCH, REGISTRIES, Pipeline, resolve_device
 
     given = {
         "number": number,
@@ -92,6 +97,7 @@ def sample(
         "classes": classes,
         "seed": seed,
         "batch_size": batch_size,
+        "set": list(set) or None,
     }
     made = made_by(Path(from_)) if from_ is not None else None
     if model is None and made is None:
@@ -103,6 +109,7 @@ def sample(
         warnings.warn(f"{from_} was made by other weights: expect another picture", UndiffuseWarning, stacklevel=2)
     changes = {name: options[name] for name in ("solver", "steps", "grid", "guidance_scale") if name in options}
     settings = pipeline.settings(made["sampling"] if made else None, **changes)
+    settings = override(settings, options.get("set", ()), REGISTRIES)
     count, seed, batch = options.get("number", 64), options.get("seed", 0), options.get("batch_size", BATCH)
     chosen = parse_classes(options["classes"], pipeline.spec.classes) if "classes" in options else None
     target = Path(out or ("samples.png" if drawable(pipeline.spec) else "samples.npy"))
