@@ -182,7 +182,7 @@ def worst(a: Tensor, b: Tensor) -> float:
     """The greatest difference; infinite where either is not finite."""
     if a.shape != b.shape or not bool(a.isfinite().all()) or not bool(b.isfinite().all()):
         return float("inf")
-    return float((a - b).abs().max())
+    return float((a - b).detach().abs().max())
 
 
 def unadaptive(solver: Solver) -> Solver:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from laws import PLANE, ExactNetwork, Gaussian, normal, tensor, worst
 from undiffuse.denoiser import INPUT_SCALES, LABELS, Denoiser
 from undiffuse.errors import UndiffuseError
+from undiffuse.grids import Uniform
 from undiffuse.levels import Estimate, Level
 from undiffuse.objectives import (
     TIMES,
@@ -26,6 +27,7 @@ from undiffuse.objectives import (
     Weight,
     loss,
     offset_noise,
+    overlap,
     variance_loss,
 )
 from undiffuse.predictions import PREDICTIONS, X0, EDMOutput, Eps, FlowVelocity, Prediction, Score, V
@@ -301,3 +303,19 @@ def test_overfitting_one_batch_of_one_point_finds_it() -> None:
         loss(model, x0, t, eps).mean().backward()
         optimiser.step()
     assert float(loss(model, x0, t, eps).mean()) < 1e-6  # y = x: all is noise
+
+
+def test_trap_S11_training_and_sampling_that_visit_other_levels_are_seen() -> None:
+    flow = Flow()
+    visited = Uniform().times(flow, 20)
+    assert overlap(UniformTimes(), flow, visited) > 0.95
+    assert overlap(Stratified(UniformTimes()), flow, visited) == pytest.approx(
+        overlap(UniformTimes(), flow, visited), abs=0.01
+    )
+    shares = [overlap(LogitNormalTimes(mean, 0.5), flow, visited) for mean in (0.0, 1.0, 2.0, 4.0)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] < 0.2
+    # By hand: draws at one time in a grid of two, the other never trained.
+    assert overlap(
+        LogitNormalTimes(3.0, 1e-3), flow, torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+    ) == pytest.approx(0.5)

@@ -289,9 +289,7 @@ def test_bad_numbers_are_refused() -> None:
         LinearBetas(10)(0.5)  # scaled by 100, its betas would pass 1
 
 
-@pytest.mark.parametrize(
-    "broken", [VP(-1.0, 20.0), EDM(-80.0), Sigmoid(2.0, 2.0), VP(0.1, float("nan"))]
-)
+@pytest.mark.parametrize("broken", [VP(-1.0, 20.0), EDM(-80.0), Sigmoid(2.0, 2.0), VP(0.1, float("nan"))])
 def test_what_is_no_schedule_is_refused_at_build(broken: Schedule) -> None:
     with pytest.raises(UndiffuseError, match="not a schedule"):
         Denoiser(torch.nn.Identity(), broken, V())

@@ -94,6 +94,19 @@ TIMES: dict[str, Times] = {
 """Every distribution of times by name."""
 
 
+def overlap(times: Times, schedule: Schedule, visited: Tensor) -> float:
+    """How far training's times cover those that sampling visits: ``sum_i min(p_i, 1/N)`` over the N visited times.
+
+    p_i is the share of training draws nearer to time i than to another: 1 when each gets its part, near 0 when training
+    and sampling are at different levels (trap S11). ``visited`` is a grid's times; its last, 0, is never asked.
+    """
+    asked = visited[:-1].flip(0)
+    draws = times((torch.arange(4096, dtype=torch.float64) + 0.5) / 4096, schedule)
+    cells = torch.bucketize(draws, (asked[:-1] + asked[1:]) / 2)
+    shares = torch.bincount(cells, minlength=len(asked)) / len(draws)
+    return float(shares.clamp(max=1 / len(asked)).sum())
+
+
 # --- How much each level counts -------------------------------------------------------------------------------------
 
 

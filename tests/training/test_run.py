@@ -229,6 +229,24 @@ def test_another_recipe_seed_or_data_is_refused_with_the_reason(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
+def test_a_checkpoint_from_before_a_setting_existed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "old", progress=stop_at(2))
+    newest = checkpoint.newest
+
+    def older(folder: Path) -> Any:
+        found = newest(folder)
+        assert found is not None
+        del found.state["identity"]["recipe"]["sampling"]["noise"]
+        return found
+
+    monkeypatch.setattr(checkpoint, "newest", older)
+    run(tmp_path / "old")
+    monkeypatch.undo()
+    run(tmp_path / "straight")
+    assert weights(tmp_path / "old") == weights(tmp_path / "straight")
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UndiffuseError, match="has files of something else"):

@@ -15,6 +15,7 @@ import platform
 import signal
 import socket
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -31,10 +32,11 @@ import safetensors
 import torch
 
 from .. import __version__
-from ..config import load_json, to_json, write_bytes_atomic, write_json_atomic
+from ..config import from_json, load_json, to_json, write_bytes_atomic, write_json_atomic
 from ..data import Dataset
 from ..denoiser import terminal_snr_report
 from ..errors import UndiffuseError, UndiffuseWarning
+from ..objectives import overlap
 from ..outputs import drawable, write_samples
 from ..pipeline import BATCH, REGISTRIES, resolve_device
 from . import checkpoint
@@ -384,6 +386,9 @@ class _Run:
             raise UndiffuseError(
                 f"{self.out}: its data have changed ({counts}); restore them, or start a new run with another --out"
             )
+        # A checkpoint of an earlier version lacks the settings that are new; they have their defaults there.
+        stored = from_json(Recipe, there["recipe"], str(found.path), REGISTRIES)
+        there = {**there, "recipe": json.loads(json.dumps(to_json(stored, REGISTRIES)))}
         difference = next(_differences(there, here), None)
         if difference:
             raise UndiffuseError(
@@ -393,7 +398,7 @@ class _Run:
 
 
 def header(trainer: Trainer, out: Path, data: str) -> list[str]:
-    """Four lines: run, data and model, objective, optimiser."""
+    """Four lines, folded at 80 columns: run, data and model, objective, optimiser."""
     recipe, dataset, plan = trainer.recipe, trainer.dataset, trainer.plan
     model, objective, optimiser, training = recipe.model, recipe.objective, recipe.optimiser, recipe.training
     if plan.images is None:
@@ -409,17 +414,27 @@ def header(trainer: Trainer, out: Path, data: str) -> list[str]:
     )
     own = " with " + ", ".join(f"{name} {value}" for name, value in model.network.items()) if model.network else ""
     ramp = "" if recipe.ema.ramp is None else f" (at most {recipe.ema.ramp:.0%} of the images seen)"
-    return [
+    visited = recipe.sampling.grid.times(model.schedule, recipe.sampling.steps)
+    trained = overlap(objective.times, model.schedule, visited)
+    lines = [
         f"run        {out}: {length} in batches of {training.batch_size}{parts}, recipe {recipe.name}, seed "
         f"{trainer.seed}, {trainer.device}{threads}, {training.precision}",
         f"data       {data}: {dataset.describe()}; {trainer.config.network} {model.size}{own}, "
         f"{recipe.cost(dataset.spec)}",
         f"objective  {kind_of(model.prediction)} prediction, {kind_of(model.schedule)} schedule with "
         f"{terminal_snr_report(model.schedule)}; {kind_of(objective.times)} times, {kind_of(objective.weight)} weight"
-        f"{dropped}{extras}",
+        f"{dropped}{extras}; covers {trained:.0%} of the levels of sampling",
         f"optimiser  AdamW, learning rate {optimiser.lr:g}, warm-up {optimiser.warmup:,} images, {optimiser.decay} "
         f"decay, gradient norm at most {optimiser.clip:g}; EMA half-life {recipe.ema.half_life:,} images{ramp}",
     ]
+    if trained < 0.5:
+        warnings.warn(
+            f"training draws cover only {trained:.0%} of the noise levels that sampling visits, so some are hardly "
+            "trained: choose objective.times and sampling.grid that agree",
+            UndiffuseWarning,
+            stacklevel=2,
+        )
+    return [textwrap.fill(line, 80, subsequent_indent=" " * 11, break_on_hyphens=False) for line in lines]
 
 
 def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
