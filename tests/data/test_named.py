@@ -164,3 +164,10 @@ def test_opening_is_quiet() -> None:
         warnings.simplefilter("error")
         for name in ("digits", "moons", "swissroll", "checkerboard"):
             open_dataset(name)
+
+
+@pytest.mark.parametrize("name", ["digits", "moons", "swissroll", "checkerboard"])
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, True])
+def test_seed_out_of_range(name: str, seed: int) -> None:
+    with pytest.raises(UndiffuseError, match="seed must be a whole number from 0 to"):
+        open_dataset(name, seed=seed)

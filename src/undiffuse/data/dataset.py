@@ -44,9 +44,11 @@ def open_dataset(
         Arrays: how many channels there are, if their shape does not tell
     ``data_root``   where files of named sets are looked for, before ``$UNDIFFUSE_DATA``
     ``strict``   refuse a folder at its first bad file instead of skipping it
-    ``seed``   of the sets that are drawn (``moons``, ``swissroll``, ``checkerboard``)
+    ``seed``   of the sets that are drawn (``moons``, ``swissroll``, ``checkerboard``), 0 to 2^32 - 1
     """
     data = os.fspath(data)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise UndiffuseError(f"seed must be a whole number from 0 to 2^32 - 1, got {seed!r}")
     size = _size(image_size)
     if channels is not None and channels != "keep" and (isinstance(channels, bool) or not isinstance(channels, int)):
         raise UndiffuseError(f"channels={channels!r} must be a number of channels, or 'keep'")
