@@ -218,8 +218,8 @@ def test_classes_go_round() -> None:
 @pytest.mark.parametrize("solver", [name for name in SOLVERS if name != "ddpm_learned"])
 def test_trap_S21_calls_are_counted_as_they_are_made(solver: str) -> None:
     model = pipeline()
-    for changes, factor in (({"guidance_scale": 1.0}, 1), ({"guidance_scale": 0.0}, 1), ({"guidance_scale": 2.0}, 2)):
-        sampling = model.settings(solver=solver, steps=3, **changes)
+    for scale, factor in ((1.0, 1), (0.0, 1), (2.0, 2)):
+        sampling = model.settings(solver=solver, steps=3, guidance_scale=scale)
         seen = 0
 
         def count(module: object, inputs: object, output: object) -> None:

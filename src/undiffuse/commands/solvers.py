@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ..errors import UndiffuseError
+from .options import AnyPath
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,14 +80,14 @@ class Kept:
 
 
 def solvers(
-    model: Annotated[Path | None, tyro.conf.Positional] = None,
+    model: Annotated[AnyPath | None, tyro.conf.Positional] = None,
     calls: str = "5,10,20,50",
     solvers: str = MAIN,
     grid: str = "flow_power",
     samples: int | None = None,
     seed: int = 0,
     tune: int | None = None,
-    out: Path = Path("solvers.png"),
+    out: AnyPath = Path("solvers.png"),
     device: str = "auto",
 ) -> list[dict[str, Any]] | Measured | Kept:
     """List the solvers; or measure them on a model and say which to take; or tune a grid for the model.
@@ -115,6 +116,7 @@ def solvers(
         return listed()
     from ..pipeline import Pipeline, resolve_device
 
+    model, out = Path(model), Path(out)
     if samples is not None and samples < 1:
         raise UndiffuseError(f"--samples {samples}: at least 1")
     pipeline = Pipeline.load(model, resolve_device(device))
