@@ -29,8 +29,8 @@ def unknown(kind: str, name: object, choices: Iterable[str]) -> UndiffuseError:
     """
     names = sorted(str(choice) for choice in choices)
     near = get_close_matches(str(name), names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return UndiffuseError(f"unknown {kind} {str(name)!r}: {hint}(choose from: {', '.join(names) or 'nothing'})")
+    hint = f": did you mean {near[0]!r}?" if near else ""
+    return UndiffuseError(f"unknown {kind} {str(name)!r}{hint} (choose from: {', '.join(names) or 'nothing'})")
 
 
 def choose(kind: str, name: str, registry: dict[str, T]) -> T:

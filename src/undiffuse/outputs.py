@@ -67,8 +67,8 @@ def scatter(x: Tensor, size: int = 384, reach: float = 3.0) -> Image.Image:
     place = ((x.double().numpy() / reach + 1) / 2 * size).astype(np.int64)
     inside = ((place >= 0) & (place < size)).all(1)
     count = np.zeros((size, size))
-    for dx in (0, 1):
-        for dy in (0, 1):
+    for dx in (-1, 0, 1):
+        for dy in (-1, 0, 1):
             columns, rows = np.clip(place[inside] + [dx, dy], 0, size - 1).T
             np.add.at(count, (size - 1 - rows, columns), 1)
     # A single point is always visible; many saturate.
@@ -147,6 +147,9 @@ def check_target(target: Path, spec: DataSpec) -> None:
     folder = target if suffix == "" else target.parent
     if folder.exists() and not folder.is_dir():
         raise UndiffuseError(f"--out {target}: {folder} is not a folder")
+    if suffix == "" and folder.is_dir() and any(folder.iterdir()):
+        # Samples among somebody's training pictures would be learned from at the next run.
+        raise UndiffuseError(f"--out {target}: the folder is not empty; name a new one for the samples")
     folder.mkdir(parents=True, exist_ok=True)
 
 

@@ -225,6 +225,10 @@ class Pipeline:
         stated = load_json(described)
         if not isinstance(stated, dict) or not isinstance(meaning, dict):
             raise UndiffuseError(f"{described}: must be a JSON object")
+        known = ("format", "model", "data", "info", "sampling", "tuned")
+        for name in stated:
+            if name not in known:
+                raise unknown(f"key of {described}", name, known)
         for name in ("format", "model", "data", "sampling"):
             if name not in stated:
                 raise UndiffuseError(f"{described}: {name} is missing")
@@ -367,7 +371,7 @@ class Pipeline:
         numbers = list(range(samples)) if isinstance(samples, int) else list(samples)
         if not numbers or batch_size < 1:
             raise UndiffuseError(
-                f"asked for {len(numbers)} samples in batches of {batch_size}: both must be at least 1"
+                f"asked for {samples if isinstance(samples, int) else len(numbers)} samples in batches of {batch_size}: both must be at least 1"
             )
         batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
         drawn, total = [], len(batches) * sampling.steps
@@ -462,6 +466,9 @@ def resolve_device(name: str) -> str:
     """``auto`` is the best device there is; one that torch cannot use is refused."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kinds = ("cpu", "cuda", "mps", "xpu")
+    if name.partition(":")[0] not in kinds:
+        raise unknown("device", name, ("auto", *kinds))
     try:
         torch.empty(1, device=name).add_(1)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -108,7 +108,7 @@ def read_run(folder: Path) -> Run:
     known = (tail[-1] if tail else {}) | {key: value for key, value in status.items() if value is not None}
     state = str(status.get("state", "new"))
     age = _age(folder, _text(status.get("updated")))
-    if state == "running" and _gone(status) and (age is None or age > 30):
+    if state == "running" and _gone(status):
         state, note = "stopped", f"its process {status.get('pid')} is gone; the same command resumes it"
     return Run(
         name=name,

@@ -267,7 +267,8 @@ def _recommend(rows: Sequence[Row], floor: float, model: Path, grid: str) -> tup
     top = min(rows, key=lambda row: row.frechet)
     near = [row for row in rows if row.frechet <= NEAR * max(top.frechet, floor)]
     fewest = min(row.calls for row in near)
-    best = min((row for row in near if row.calls == fewest), key=lambda row: row.frechet)
+    # What sampling noise cannot tell apart, the distance to the fine solution can.
+    best = min((row for row in near if row.calls == fewest), key=_closeness)
     why = f"take {best.solver} with {best.calls} calls: Frechet distance {best.frechet:.3g}, " + (
         "the best measured" if best is top else f"the best is {top.frechet:.3g} ({top.solver}, {top.calls} calls)"
     )
@@ -281,6 +282,11 @@ def _recommend(rows: Sequence[Row], floor: float, model: Path, grid: str) -> tup
     if not all(names):  # its grid has no name to ask for; a tuned one is at least as good
         return best, why, f"undiffuse solvers {model} --tune {best.calls}"
     return best, why, f"undiffuse sample {model} --steps {best.steps} --solver {names[0]} --grid {names[1]}"
+
+
+def _closeness(row: Row) -> tuple[bool, float, bool, float]:
+    """Smaller is better: the error, where there is one (solvers that draw noise have none); then the default."""
+    return row.error is None, row.error if row.error is not None else 0.0, row.solver != "default", row.frechet
 
 
 def _name_of(value: Any, registry: dict[str, Any]) -> str:

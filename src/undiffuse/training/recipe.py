@@ -160,6 +160,7 @@ class Training:
             check(getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("preview_every", "checkpoint_every"):
             check(getattr(self, name) < 0, f"{name}={getattr(self, name)} must be at least 0")
+        check(self.batch_size > 1_000_000, f"batch_size={self.batch_size} must be at most 1,000,000")
         check(
             self.accumulation > self.batch_size,
             f"a batch of {self.batch_size} cannot be computed in {self.accumulation} parts",
@@ -216,6 +217,12 @@ class Recipe:
     training: Training = Training()
     ema: Averaging = Averaging()
     sampling: Sampling = Sampling()
+
+    def check(self, spec: DataSpec) -> None:
+        """Raise for what the parts refuse only together: prediction with schedule, grid and steps with schedule."""
+        self.model.prediction.check(self.model.schedule)
+        self.sampling.grid.times(self.model.schedule, self.sampling.steps)
+        self.model.config(spec)
 
     def cost(self, spec: DataSpec) -> str:
         """Parameters and FLOPs: ``0.25 M parameters, 0.012 GFLOP per forward pass``."""

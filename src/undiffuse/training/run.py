@@ -111,9 +111,11 @@ def run_training(
         raise UndiffuseError(f"{out}: a file; --out names a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file() and not (out / ".lock").is_file():
         raise UndiffuseError(f"{out}: has files of something else; choose another --out")
+    device = resolve_device(device)
+    recipe.check(dataset.spec)  # all that can be refused is refused before anything is written
     out.mkdir(parents=True, exist_ok=True)
     with checkpoint.Lock(out):
-        run = _Run(dataset, recipe, out, seed, resolve_device(device), minutes, data or dataset.name, say, progress)
+        run = _Run(dataset, recipe, out, seed, device, minutes, data or dataset.name, say, progress)
         return run.train(command)
 
 
