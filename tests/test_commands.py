@@ -234,7 +234,10 @@ def throw(error: BaseException) -> Callable[[], Any]:
     ("error", "line"),
     [
         (UndiffuseError("data: no\nimages"), "data: no images"),
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "x.png"),
+            "x.png: No space left on device (the disk is full; free some space and run the same command again)",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "runs/x"), "runs/x: Permission denied"),
     ],
 )

@@ -113,6 +113,7 @@ def test_trap_X3_weights_without_their_meaning_are_refused(folder: Path) -> None
         lambda c: c["data"].update(high=255.0),
         lambda c: c["model"]["network_config"].update(embedding=32),
         lambda c: c.update(format=2),
+        lambda c: c.update(surprise=1),
         lambda c: c.pop("model"),
         lambda c: c.pop("sampling"),
         lambda c: c["sampling"].update(solver={"kind": "hune"}),

@@ -494,3 +494,14 @@ def test_what_has_no_frechet_distance_is_refused() -> None:
         frechet_distance(np.zeros(2), np.eye(3), np.zeros(2), np.eye(2))
     with pytest.raises(UndiffuseError, match="not finite"):
         frechet_distance(np.array([np.nan]), np.eye(1), np.zeros(1), np.eye(1))
+
+
+def test_what_sampling_noise_cannot_tell_apart_the_distance_to_the_fine_solution_does() -> None:
+    from undiffuse.commands.solvers import Row, _recommend
+
+    rows = [
+        Row(solver="default", grid="default", calls=5, steps=5, error=0.005, frechet=4.41),
+        Row(solver="heun", grid="uniform", calls=5, steps=3, error=0.012, frechet=4.39),
+        Row(solver="ddpm", grid="uniform", calls=5, steps=5, error=None, frechet=4.40),
+    ]
+    assert _recommend(rows, 4.41, Path("runs/x"), "uniform")[0] is rows[0]

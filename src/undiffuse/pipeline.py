@@ -370,9 +370,8 @@ class Pipeline:
         sampling = sampling or self.settings()
         numbers = list(range(samples)) if isinstance(samples, int) else list(samples)
         if not numbers or batch_size < 1:
-            raise UndiffuseError(
-                f"asked for {samples if isinstance(samples, int) else len(numbers)} samples in batches of {batch_size}: both must be at least 1"
-            )
+            count = samples if isinstance(samples, int) else len(numbers)
+            raise UndiffuseError(f"asked for {count} samples in batches of {batch_size}: both must be at least 1")
         batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
         drawn, total = [], len(batches) * sampling.steps
         for index, batch in enumerate(batches):

@@ -247,6 +247,18 @@ def test_a_checkpoint_from_before_a_setting_existed_goes_on(tmp_path: Path, monk
     assert weights(tmp_path / "old") == weights(tmp_path / "straight")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [["model.schedule=flow", "model.prediction=eps"], ["sampling.steps=0"], ["model.network.widht=3"]],
+)
+def test_what_is_refused_leaves_nothing(settings: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UndiffuseError):
+        run(tmp_path / "run", override(small(), settings, REGISTRIES))
+    with pytest.raises(UndiffuseError, match="unknown device 'cuda9x'"):
+        run(tmp_path / "run", device="cuda9x")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UndiffuseError, match="has files of something else"):
@@ -416,7 +428,7 @@ def test_the_command_and_the_function_do_the_same(
         ("moons --set lr", "--set 'lr': write it as path.to.field=value"),
         ("moons --steps 3 --minutes 1", "--steps, --images and --minutes are three ways to say how long: give one"),
         ("moons --recipe tiny --steps 0", "steps=0 must be at least 1"),
-        ("moons --recipe tiny --device nonsense", "--device nonsense"),
+        ("moons --recipe tiny --device nonsense", "unknown device 'nonsense'"),
         ("moons --recipe tiny --set model.network.wdith=8", "unknown option of network mlp 'wdith'"),
         ("moons --model-size huge", "--model-size"),
     ],

@@ -74,7 +74,9 @@ def from_array(
 def open_array(path: Path, *, image_size: Size = None, channels: Channels = None) -> ArrayDataset:
     """The data set in a ``.npy`` file (mapped, not read into memory) or a ``.npz`` file with its labels."""
     try:
-        if path.suffix.lower() == ".npy" and path.open("rb").read(6) != b"\x93NUMPY":
+        with path.open("rb") as file:
+            begins = file.read(6)
+        if path.suffix.lower() == ".npy" and begins != b"\x93NUMPY":
             raise UndiffuseError(f"{path}: not a .npy file (it does not begin like one); save it again with numpy.save")
         if path.suffix.lower() == ".npy":
             values, labels = np.load(path, mmap_mode="r", allow_pickle=False), None
