@@ -164,15 +164,13 @@ def write_samples(
     progress: Callable[[int, int], None] | None,
     model: str,
     options: dict[str, Any],
-    columns: int | None = None,
 ) -> None:
     """Sample and write to ``target``: a .png grid, a folder of PNGs, a .npy, or a .gif or .webp of the trajectory.
 
-    ``model`` and ``options`` go into the PNGs' text chunk, so that the picture can be made again. ``columns`` of the
-    grid: by default one class a column where that fits.
+    ``model`` and ``options`` go into the PNGs' text chunk, so that the picture can be made again.
     """
     spec, suffix = pipeline.spec, target.suffix.lower()
-    columns = columns or columns_for(samples, len(spec.classes) if classes is None else len(classes))
+    columns = columns_for(samples, len(spec.classes) if classes is None else len(classes))
     if suffix in (".gif", ".webp"):
         pictures = []
         for frame in pipeline.frames(samples, seed=seed, classes=classes, sampling=sampling):

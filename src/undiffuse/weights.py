@@ -113,10 +113,7 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str
 
     ``where`` names the file in the message.
     """
-    state = module.state_dict()
-    check_fits(
-        {name: tuple(t.shape) for name, t in state.items()}, {n: tuple(t.shape) for n, t in tensors.items()}, where
-    )
+    check_fits(shapes(module.state_dict()), shapes(tensors), where)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UndiffuseError(f"{where}: {name} holds NaN or infinite numbers; take an earlier checkpoint")

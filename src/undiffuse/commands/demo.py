@@ -50,9 +50,7 @@ def demo(out: AnyPath = Path("runs/demo"), seed: int = 0, device: str = "auto") 
     options = {"number": len(classes), "classes": ",".join(map(str, classes)), "seed": seed}
     targets = out / "samples.png", out / "denoising.webp"
     for target in targets:
-        write_samples(
-            target, pipeline, len(classes), seed, classes, pipeline.sampling, BATCH, None, str(out), options, ROWS
-        )
+        write_samples(target, pipeline, len(classes), seed, classes, pipeline.sampling, BATCH, None, str(out), options)
     return Demo(out, *targets, out / "model")
 
 

@@ -23,7 +23,7 @@ from ..denoiser import Denoiser
 from ..errors import UndiffuseError
 from ..objectives import loss, offset_noise
 from ..pipeline import Pipeline
-from ..weights import check_fits
+from ..weights import check_fits, shapes
 from .draws import batch_indices, draw, lent
 from .ema import EMA
 from .recipe import Plan, Recipe, share
@@ -268,8 +268,7 @@ class Trainer:
             },
         }
         for group, tensors in wanted.items():
-            given = {name: tuple(t.shape) for name, t in snapshot.tensors[group].items()}
-            check_fits({name: tuple(t.shape) for name, t in tensors.items()}, given, f"{where}/{group}")
+            check_fits(shapes(tensors), shapes(snapshot.tensors[group]), f"{where}/{group}")
         self.denoiser.load_state_dict(snapshot.tensors["weights"])
         self.ema.denoiser.load_state_dict(snapshot.tensors["ema"])
         for name, p in self.parameters.items():
