@@ -398,8 +398,9 @@ def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
     write_bytes_atomic(path, (text + "\n").encode())
 
 
-def write_bytes_atomic(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replace the file by ``content`` so that a reader, or a crash at any moment, finds the old file or the new one.
+def write_bytes_atomic(path: str | os.PathLike[str], *content: bytes | memoryview) -> None:
+    """Replace the file by ``content``, in one or more pieces, so that a reader, or a crash at any moment, finds the old
+    file or the new one.
 
     A temporary file in the same folder, flushed to the disk, then renamed, then the folder flushed. When any of it
     fails (a full disk) the old file stands and the temporary one is removed.
@@ -408,7 +409,7 @@ def write_bytes_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(content)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -16,6 +16,9 @@ T = TypeVar("T")
 class UndiffuseError(ValueError):
     """A mistake in the input: the message names the file or option and the remedy."""
 
+    exit_code = 2
+    """What the command line ends with."""
+
 
 class UndiffuseWarning(UserWarning):
     """The result will be right, but probably not what was hoped for; the message says why and what to change."""

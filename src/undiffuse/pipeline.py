@@ -184,12 +184,15 @@ class Pipeline:
 
     # --- the folder ---
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the folder, each file atomically; returns its path."""
+    def save(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
+        """Write the folder, each file atomically; returns its path.
+
+        ``weights`` is written in place of the denoiser's own: a copy made earlier of weights that training moves.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {"undiffuse": json.dumps(self._meaning())}
-        write_weights(folder / "model.safetensors", self.denoiser.state_dict(), weights)
+        meaning = {"undiffuse": json.dumps(self._meaning())}
+        write_weights(folder / "model.safetensors", self.denoiser.state_dict() if weights is None else weights, meaning)
         return self.save_settings(folder)
 
     def save_settings(self, folder: str | Path) -> Path:

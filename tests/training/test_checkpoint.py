@@ -56,8 +56,8 @@ def test_what_is_saved_is_what_is_found(tmp_path: Path) -> None:
 
 
 def test_the_newest_is_the_highest_step_not_the_last_name_or_date(tmp_path: Path) -> None:
-    for step in (100_000_000, 99_999_999, 5):
-        save(tmp_path, step, keep=9)
+    for step in (5, 99_999_999, 100_000_000):
+        os.utime(save(tmp_path, step, keep=9), (10**9 - step, 10**9 - step))
     assert [int(path.name[5:]) for path in checkpoint.listed(tmp_path)] == [5, 99_999_999, 100_000_000]
     assert step_of(tmp_path) == 100_000_000
 

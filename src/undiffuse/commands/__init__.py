@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         _complain(_sentence(error))
-        return MISTAKE
+        return error.exit_code if isinstance(error, UndiffuseError) else MISTAKE
 
 
 def _run(words: list[str], as_json: bool) -> None:

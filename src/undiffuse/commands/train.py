@@ -57,6 +57,7 @@ def train(
     device: str = "auto",
     data_root: AnyPath | None = None,
     strict: bool = False,
+    change: bool = False,
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH=VALUE")] = (),
 ) -> Trained:
     """Train a diffusion model. The same command continues a run that was stopped.
@@ -76,6 +77,7 @@ def train(
         device: auto, cpu, cuda, mps.
         data_root: Where files of named data sets are.
         strict: Refuse a folder with a file that cannot be read instead of skipping it.
+        change: Go on with the run that is there although its length, optimiser, objective or average were others.
         set: Change one setting of the recipe, such as optimiser.lr=0.001; may be repeated.
 
     Returns:
@@ -108,6 +110,7 @@ def train(
     words = ["undiffuse", "train", data]
     words += [word for name, value in given.items() if value is not None for word in (name, str(value))]
     words += ["--strict"] if strict else []
+    words += ["--change"] if change else []
     words += [word for setting in set for word in ("--set", setting)]
     dataset = open_dataset(data, image_size=image_size, data_root=data_root, strict=strict, seed=seed)
     chosen = make_recipe(recipe, dataset.spec, len(dataset), model_size)
@@ -122,6 +125,7 @@ def train(
             seed=seed,
             device=device,
             minutes=minutes,
+            change=change,
             data=data,
             command=shlex.join(words),
             say=say,

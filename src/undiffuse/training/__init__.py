@@ -3,6 +3,7 @@
 from .checkpoint import Lock, newest, save
 from .draws import batch_indices, draw
 from .ema import EMA
+from .proof import Proof, prove_resume
 from .recipe import Averaging, Model, Objective, Optimiser, Plan, Recipe, Training
 from .recipes import RECIPES, make_recipe
 from .run import Progress, Result, run_training
@@ -19,6 +20,7 @@ __all__ = [
     "Optimiser",
     "Plan",
     "Progress",
+    "Proof",
     "Recipe",
     "Result",
     "Trainer",
@@ -28,6 +30,7 @@ __all__ = [
     "draw",
     "make_recipe",
     "newest",
+    "prove_resume",
     "run_training",
     "save",
 ]

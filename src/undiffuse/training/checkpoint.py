@@ -5,8 +5,9 @@
       manifest.json          written last: size and SHA-256 of each of the others
 
 The folder is written under another name in the same place, every file flushed to the disk, and renamed when it is
-complete; older ones are removed only after that. There is no pointer to the latest: it is the highest step whose
-manifest verifies, so one flipped bit is found and the checkpoint before is used. Nothing in it can run.
+complete; older ones are removed only after that, and milestones never. There is no pointer to the latest: it is the
+highest step whose manifest verifies, so one flipped bit is found and the checkpoint before is used. Nothing in it can
+run.
 """
 
 from __future__ import annotations
@@ -18,17 +19,15 @@ import re
 import shutil
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, final
 
-from safetensors.torch import save as safetensors_bytes
-
 from ..config import load_json, sync_folder
 from ..errors import UndiffuseError, UndiffuseWarning
-from ..weights import read_weights
+from ..weights import pieces, read_weights
 from .trainer import Snapshot
 
 FORMAT = 1
@@ -56,26 +55,27 @@ class Checkpoint:
         return Snapshot(tensors, self.state["trainer"])
 
 
-def save(folder: Path, snapshot: Snapshot, run: Mapping[str, Any], keep: int) -> Path:
-    """Write a checkpoint, then remove all but the ``keep`` newest; returns its folder.
+def save(folder: Path, snapshot: Snapshot, run: Mapping[str, Any], keep: int, milestone_every: int = 0) -> Path:
+    """Write a checkpoint, then remove those that :func:`prune` would; returns its folder.
 
     ``run`` is what the run wants to remember beside the trainer's state, JSON values. When this returns, the checkpoint
-    is on the disk. Raises ``OSError`` (disk full, no permission) with nothing left behind and the older ones untouched.
+    is on the disk. Raises ``OSError`` (disk full, no permission) with nothing left behind and the older ones untouched,
+    and :class:`Diverged`, before anything is written, for a state that is not finite.
     """
+    snapshot.check()
     step = snapshot.numbers["step"]
     folder.mkdir(parents=True, exist_ok=True)
     final_path = folder / f"step-{step:08d}"
     working = folder / f".tmp-{step}-{os.getpid()}"
-    state = {"format": FORMAT, "groups": list(snapshot.tensors), "trainer": snapshot.numbers, **run}
+    state = {**run, "format": FORMAT, "groups": list(snapshot.tensors), "trainer": snapshot.numbers}
     clean(folder)
     try:
         working.mkdir()
         files = {}
         for group, tensors in snapshot.tensors.items():
-            cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            files[f"{group}.safetensors"] = _write(working / f"{group}.safetensors", safetensors_bytes(cpu))
-        files["state.json"] = _write(working / "state.json", _json(state))
-        _write(working / MANIFEST, _json({"format": FORMAT, "step": step, "files": files}))
+            files[f"{group}.safetensors"] = _write(working / f"{group}.safetensors", pieces(tensors))
+        files["state.json"] = _write(working / "state.json", [_json(state)])
+        _write(working / MANIFEST, [_json({"format": FORMAT, "step": step, "files": files})])
         sync_folder(working)
         if final_path.exists():  # one that does not verify, or this loop would have begun after it
             final_path.rename(folder / f".trash-{step}-{os.getpid()}")
@@ -84,12 +84,15 @@ def save(folder: Path, snapshot: Snapshot, run: Mapping[str, Any], keep: int) ->
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
         raise
-    prune(folder, keep)
+    prune(folder, step, keep, milestone_every)
     return final_path
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The highest step whose manifest verifies; warns of each later one that does not."""
+    """The highest step whose manifest verifies; warns of each later one that does not.
+
+    Raises ``PermissionError`` for one that may not be read: it may be whole, and going back would lose it.
+    """
     for path in reversed(listed(folder)):
         try:
             return verify(path)
@@ -108,28 +111,57 @@ def listed(folder: Path) -> list[Path]:
 
 def verify(path: Path) -> Checkpoint:
     """Read the manifest and check every file against it; raises :class:`UndiffuseError` that says what is wrong."""
+    try:
+        return _verify(path)
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise UndiffuseError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
+
+
+def _verify(path: Path) -> Checkpoint:
+    entries = list(path.iterdir())
+    for entry in entries:
+        if entry.is_symlink() or not entry.is_file():  # a pipe would be waited for, a link leads elsewhere
+            raise UndiffuseError(f"{entry}: not a regular file")
     manifest = load_json(path / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UndiffuseError(f"{path / MANIFEST}: not a manifest of format {FORMAT}")
     files, step = manifest.get("files"), manifest.get("step")
-    if not isinstance(files, dict) or not isinstance(step, int) or path.name != f"step-{step:08d}":
+    if not isinstance(files, dict) or type(step) is not int or path.name != f"step-{step:08d}":
         raise UndiffuseError(f"{path / MANIFEST}: does not belong to this checkpoint")
-    present = {entry.name for entry in path.iterdir()} - {MANIFEST}
-    if present != set(files):
+    present = {entry.name for entry in entries} - {MANIFEST}
+    if present != set(files) or "state.json" not in files:
         names = ", ".join(sorted(present ^ set(files)))
         raise UndiffuseError(f"{path}: files are missing or do not belong there ({names})")
     for name, stated in files.items():
-        if stated != _seal((path / name).read_bytes()):
-            raise UndiffuseError(f"{path / name}: damaged (its SHA-256 is not the one in {MANIFEST})")
+        size = (path / name).stat().st_size
+        # The size first: a file that has grown is not read.
+        if not isinstance(stated, dict) or stated.get("bytes") != size:
+            raise UndiffuseError(f"{path / name}: damaged ({size:,} bytes, which is not what {MANIFEST} says)")
+        with (path / name).open("rb") as file:
+            if stated.get("sha256") != hashlib.file_digest(file, "sha256").hexdigest():
+                raise UndiffuseError(f"{path / name}: damaged (its SHA-256 is not the one in {MANIFEST})")
     state = load_json(path / "state.json")
-    if state["trainer"]["step"] != step:
-        raise UndiffuseError(f"{path / 'state.json'}: of another step")
+    try:
+        whole = state["format"] == FORMAT and {f"{group}.safetensors" for group in state["groups"]} < set(files)
+        if not whole or state["trainer"]["step"] != step:
+            raise UndiffuseError(f"{path / 'state.json'}: of another step or format")
+    except (KeyError, TypeError):
+        raise UndiffuseError(f"{path / 'state.json'}: not the state of a trainer") from None
     return Checkpoint(path, step, state)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest, and litter; a failure to remove is only a warning."""
-    for path in listed(folder)[: -max(1, keep)]:
+def prune(folder: Path, step: int, keep: int, milestone_every: int = 0) -> None:
+    """Remove all but the ``keep`` newest up to ``step``, the milestones (multiples of ``milestone_every``), and litter.
+
+    Later ones go too: ``step`` has just been written, so they were found damaged and the run went back before them. A
+    failure to remove is only a warning.
+    """
+    steps = {int(path.name.removeprefix("step-")): path for path in listed(folder)}
+    kept = {each for each in steps if each <= step and milestone_every and each % milestone_every == 0}
+    kept.update(sorted(each for each in steps if each <= step)[-max(1, keep) :])
+    for path in (steps[each] for each in steps if each not in kept):
         trash = folder / f".trash-{path.name}-{os.getpid()}"
         try:
             path.rename(trash)  # it stops being a checkpoint at once, not file by file
@@ -149,16 +181,17 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, indent=1, allow_nan=False).encode()
 
 
-def _write(path: Path, content: bytes) -> dict[str, Any]:
+def _write(path: Path, content: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write a file and flush it to the disk; its line in the manifest."""
+    size, digest = 0, hashlib.sha256()
     with path.open("xb") as file:
-        file.write(content)
+        for piece in content:  # writing and hashing a large piece let other threads run
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
         file.flush()
         os.fsync(file.fileno())
-    return _seal(content)
-
-
-def _seal(content: bytes) -> dict[str, Any]:
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 # --- one process a run ------------------------------------------------------------------------------------------------

@@ -142,6 +142,7 @@ class Training:
         precision: ``float32``, or ``bf16``: matrix products in bfloat16, all else in float32.
         log_every, preview_every, checkpoint_every: in updates; 0 for never (there is always a checkpoint at the end).
         keep: how many of the newest checkpoints are kept.
+        milestone_every: in updates; these checkpoints are never removed. 0 for none.
         previews: samples in a preview picture.
     """
 
@@ -153,12 +154,13 @@ class Training:
     preview_every: int = 1000
     checkpoint_every: int = 1000
     keep: int = 2
+    milestone_every: int = 0
     previews: int = 64
 
     def __post_init__(self) -> None:
         for name in ("images", "batch_size", "accumulation", "log_every", "keep", "previews"):
             check(getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("preview_every", "checkpoint_every"):
+        for name in ("preview_every", "checkpoint_every", "milestone_every"):
             check(getattr(self, name) < 0, f"{name}={getattr(self, name)} must be at least 0")
         check(self.batch_size > 1_000_000, f"batch_size={self.batch_size} must be at most 1,000,000")
         check(

@@ -19,7 +19,8 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,13 +39,34 @@ from ..denoiser import terminal_snr_report
 from ..errors import UndiffuseError, UndiffuseWarning
 from ..objectives import overlap
 from ..outputs import drawable, write_samples
-from ..pipeline import BATCH, REGISTRIES, resolve_device
+from ..pipeline import BATCH, REGISTRIES, Pipeline, resolve_device
 from . import checkpoint
 from .recipe import Plan, Recipe, kind_of
-from .trainer import Diverged, Trainer
+from .trainer import Diverged, Snapshot, Trainer
 
 PREVIEW_SEED = 0
 """The noise of every preview, and ``undiffuse sample``'s default: a preview is what it would write (trap X8)."""
+
+MOST_FAILURES = 3
+"""Checkpoints in a row that may fail to be written before the run stops."""
+
+FREE = (
+    *(f"recipe.training.{name}" for name in ("log_every", "preview_every", "checkpoint_every", "milestone_every")),
+    *("recipe.training.keep", "recipe.training.previews", "recipe.sampling"),
+)
+"""Settings that decide nothing of what is trained: they may be other ones when a run is continued."""
+
+CHANGEABLE = (
+    *("recipe.optimiser", "recipe.ema", "recipe.objective"),
+    *("recipe.training.images", "recipe.training.accumulation", "recipe.training.precision", "minutes"),
+)
+"""Settings that may be other ones from here on, if asked for (``change``)."""
+
+
+class SaveFailed(UndiffuseError):
+    """Checkpoints could not be written; the older ones are untouched."""
+
+    exit_code = 74  # EX_IOERR
 
 
 @dataclass(frozen=True)
@@ -82,6 +104,7 @@ def run_training(
     seed: int = 0,
     device: str = "auto",
     minutes: float | None = None,
+    change: bool = False,
     data: str | None = None,
     command: str = "",
     say: Callable[[str], None] = lambda line: None,
@@ -94,6 +117,8 @@ def run_training(
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
         minutes: how long it may take; the speed of the first tenth decides the number of images, so that the learning
             rate still ends where the recipe says. None: the recipe's number of images.
+        change: go on with the run that is there although its length, optimiser, objective or average were others: from
+            its last checkpoint on they are these, and the learning rate is that of a run planned with the new length.
         data: what the user called the data, for the records.
         command: the command line, for the records.
         say: called with each line for people; progress: called after each update.
@@ -101,6 +126,7 @@ def run_training(
     Raises:
         UndiffuseError: a folder that belongs to another run, or that another process trains into; a loss that is not
             finite.
+        SaveFailed: three checkpoints in a row, or the last one, that could not be written.
         KeyboardInterrupt, SystemExit(143): SIGINT, SIGTERM, after the update has been finished and saved. A second
             signal ends the process at once.
     """
@@ -115,7 +141,7 @@ def run_training(
     recipe.check(dataset.spec)  # all that can be refused is refused before anything is written
     out.mkdir(parents=True, exist_ok=True)
     with checkpoint.Lock(out):
-        run = _Run(dataset, recipe, out, seed, device, minutes, data or dataset.name, say, progress)
+        run = _Run(dataset, recipe, out, seed, device, minutes, change, data or dataset.name, say, progress)
         return run.train(command)
 
 
@@ -130,6 +156,7 @@ class _Run:
         seed: int,
         device: str,
         minutes: float | None,
+        change: bool,
         data: str,
         say: Callable[[str], None],
         progress: Callable[[Progress], None],
@@ -151,23 +178,29 @@ class _Run:
             raise UndiffuseError(
                 f"{self.checkpoints}: none of the checkpoints is whole; restore one, or remove the folder to begin anew"
             )
-        if found is not None:
-            self._check_same(found)
+        changes = [] if found is None else self._changes(found, change)
         plan = Plan(None) if minutes is not None else None
         self.trainer = Trainer(dataset, recipe, seed=seed, device=device, plan=plan)
-        self.seconds_before, self.last_loss = 0.0, None
+        self.machine = {
+            "torch": torch.__version__,
+            "device": self.trainer.device.type,
+            "threads": torch.get_num_threads(),
+            "processes": self.trainer.world,
+        }
+        self.seconds_before = 0.0
+        self.last_loss: float | None = None
+        self.changed: list[str] = []  # what was changed, and after which update
         if found is not None:
             self.trainer.restore(found.snapshot(), str(found.path))
-            self.seconds_before, self.last_loss = found.state["seconds"], found.state["loss"]
-            if found.state["torch"] != torch.__version__:
-                warnings.warn(
-                    f"{found.path}: written with torch {found.state['torch']}, this is {torch.__version__}: the run "
-                    "goes on, but not bit by bit as it would have",
-                    UndiffuseWarning,
-                    stacklevel=4,
-                )
+            self._recall(found)
+            if any(change.startswith(("recipe.training.images", "minutes")) for change in changes):
+                self._replan()
+            self.changed += [f"{change}, after update {self.trainer.step:,}" for change in changes]
         self.resumed_from = self.saved = self.trainer.step
         self.last_good = found.path if found else None
+        self.writer = ThreadPoolExecutor(1, "undiffuse-save")
+        self.writing: tuple[int, Future[None]] | None = None  # the checkpoint in flight, and its update
+        self.failures = 0  # in a row
         self.speed = 0.0
         self.log = _Lines(out / "log.txt")
         self.metrics = _Lines(out / "metrics.jsonl")
@@ -199,12 +232,14 @@ class _Run:
             self.say(line)
         if self.resumed_from:
             self.say(f"resumed    after update {trainer.step:,}, {trainer.images:,} images")
+            for change in self.changed:
+                self.say(textwrap.fill(f"changed    {change}", 80, subsequent_indent=" " * 11))
         self.metrics.truncate(lambda line: json.loads(line)["step"] <= trainer.step)
         self._status("running")
         previewed, written = trainer.step, time.monotonic()
         logged = planning = time.monotonic()
         logged_step, first = trainer.step, trainer.step
-        with _signals() as caught:
+        with self.writer, _signals() as caught:
             try:
                 for update in trainer.updates():
                     now = time.monotonic()
@@ -227,8 +262,11 @@ class _Run:
                         trainer.check()
                         self._preview()
                         logged += time.monotonic() - now  # the speed is that of training alone
-                    due = training.checkpoint_every and update.step % training.checkpoint_every == 0
-                    if due and not last:
+                    self._settle()
+                    if not last and any(
+                        every and update.step % every == 0
+                        for every in (training.checkpoint_every, training.milestone_every)
+                    ):
                         now = time.monotonic()
                         self._save()
                         logged += time.monotonic() - now
@@ -238,21 +276,23 @@ class _Run:
                     self.progress(self._where())
                     if caught:
                         break
+                self._settle(wait=True)
                 if self.saved < trainer.step:
-                    self._save(must=True)
+                    self._save()
+                    self._settle(wait=True, must=True)
                 if caught and not trainer.finished:
                     self._status("stopped")
                     self.say(f"stopped    after update {trainer.step:,}, saved; resume with the same command")
                     raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(128 + caught[0])
             except Diverged as error:
-                self._status("failed")
+                self._close()
                 good = (
                     f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no checkpoint yet"
                 )
                 self.log.append(f"failed: {error}")
                 raise Diverged(f"{self.out}: {error}; {good}") from None
             except Exception:
-                self._status("failed")
+                self._close()
                 raise
         self._status("finished")
         return self._result()
@@ -341,27 +381,52 @@ class _Run:
                 target, pipeline, number, PREVIEW_SEED, None, pipeline.sampling, BATCH, None, str(self.out), options
             )
 
-    def _save(self, must: bool = False) -> None:
-        """A checkpoint, and the averaged weights as ``model/``. A failure is an error only if it ``must`` succeed."""
+    def _save(self) -> None:
+        """Begin to write a checkpoint, and the averaged weights as ``model/``: copied now, written by a thread while
+        training goes on. One at a time: on a disk that is slower than ``checkpoint_every`` the next save waits."""
+        self._settle(wait=True)
+        trainer = self.trainer
         run = {
             "identity": self.identity,
+            "changed": self.changed,
+            "machine": self.machine,
             "seconds": self.seconds,
             "loss": _finite(self.last_loss),
-            "torch": torch.__version__,
         }
-        snapshot = self.trainer.snapshot()
+        written = self.writer.submit(self._write, trainer.snapshot().copy(), trainer.pipeline(), run)
+        self.writing = trainer.step, written
+
+    def _write(self, snapshot: Snapshot, pipeline: Pipeline, run: Mapping[str, Any]) -> None:
+        """In the writer's thread."""
+        self.metrics.flush()
+        keep, milestone_every = self.recipe.training.keep, self.recipe.training.milestone_every
+        self.last_good = checkpoint.save(self.checkpoints, snapshot, run, keep, milestone_every)
+        self.saved = snapshot.numbers["step"]
+        pipeline.save(self.out / "model", snapshot.tensors["ema"])
+
+    def _settle(self, wait: bool = False, must: bool = False) -> None:
+        """What became of the save in flight, if it is done. A failure is a warning; the third in a row, or that of a
+        save that ``must`` succeed, is an error."""
+        if self.writing is None or not (wait or self.writing[1].done()):
+            return
+        (step, written), self.writing = self.writing, None
         try:
-            self.last_good = checkpoint.save(self.checkpoints, snapshot, run, self.recipe.training.keep)
-            self.saved = self.trainer.step
-            self.metrics.flush()
-            self.trainer.pipeline().save(self.out / "model")
+            written.result()
+            self.failures = 0
         except OSError as error:
+            self.failures += 1
             reason = f"{error.filename or self.out}: {error.strerror or error}"
             kept = f"the last good one is {self.last_good}" if self.last_good else "there is none yet"
-            if must:
-                self._status("failed")
-                raise UndiffuseError(f"the checkpoint could not be saved ({reason}); {kept}") from None
-            self.say(f"warning: no checkpoint at update {self.trainer.step} ({reason}); {kept}; training goes on")
+            if must or self.failures >= MOST_FAILURES:
+                times = "" if must else f" {self.failures} times in a row"
+                raise SaveFailed(f"the checkpoint could not be saved{times} ({reason}); {kept}") from None
+            self.say(f"warning: no checkpoint at update {step} ({reason}); {kept}; training goes on")
+
+    def _close(self) -> None:
+        """The end of a run that failed: the save in flight is still finished."""
+        with _tolerant("the checkpoint could not be saved"):
+            self._settle(wait=True)
+        self._status("failed")
 
     def _export_if_older(self) -> None:
         """A crash between the last checkpoint and the export of its model leaves an older model, or none."""
@@ -379,23 +444,63 @@ class _Run:
         left = (total - trainer.images) / self.speed if total is not None and self.speed else None
         return Progress(trainer.step, trainer.images, total, self.last_loss, self.speed, left)
 
-    def _check_same(self, found: checkpoint.Checkpoint) -> None:
-        """Refuse to continue a run with another recipe or other data (traps R6, RS-8)."""
-        there, here = found.state["identity"], json.loads(json.dumps(self.identity))
-        if there["dataset"] != here["dataset"]:
-            before, now = there["dataset"]["items"], here["dataset"]["items"]
+    def _changes(self, found: checkpoint.Checkpoint, change: bool) -> list[str]:
+        """The settings that are other ones than in the checkpoint, if the run can go on with them (traps R6, RS-8)."""
+        try:
+            there, here = found.state["identity"], json.loads(json.dumps(self.identity))
+            data = there["dataset"]
+            # A checkpoint of an earlier version lacks the settings that are new; they have their defaults there.
+            stored = from_json(Recipe, there["recipe"], str(found.path), REGISTRIES)
+        except (KeyError, TypeError) as error:
+            raise UndiffuseError(f"{found.path}: does not say of which run it is ({error} is missing)") from None
+        if data != here["dataset"]:
+            before, now = data["items"], here["dataset"]["items"]
             counts = f"{before:,} items then, {now:,} now" if before != now else "other items, or prepared differently"
             raise UndiffuseError(
                 f"{self.out}: its data have changed ({counts}); restore them, or start a new run with another --out"
             )
-        # A checkpoint of an earlier version lacks the settings that are new; they have their defaults there.
-        stored = from_json(Recipe, there["recipe"], str(found.path), REGISTRIES)
         there = {**there, "recipe": json.loads(json.dumps(to_json(stored, REGISTRIES)))}
-        difference = next(_differences(there, here), None)
-        if difference:
+        changes = [each for each in _differences(there, here) if not each.startswith(FREE)]
+        fixed = [each for each in changes if not each.startswith(CHANGEABLE)]
+        if fixed or (changes and not change):
+            perhaps = "" if fixed else "add --change to go on with the new ones from here, "
             raise UndiffuseError(
-                f"{self.out}: holds a run with other settings ({difference}); repeat its command "
-                f"({self.out / 'command.txt'}) to continue it, or start a new run with another --out"
+                f"{self.out}: holds a run with other settings ({(fixed or changes)[0]}); repeat its command "
+                f"({self.out / 'command.txt'}) to continue it, {perhaps}or start a new run with another --out"
+            )
+        return changes
+
+    def _replan(self) -> None:
+        """The run is to have another length: the learning rate is, from here on, that of a run planned so (trap R6)."""
+        trainer, images = self.trainer, self.recipe.training.images
+        if self.minutes is not None:
+            trainer.plan = Plan(None)  # its speed is measured anew
+            return
+        trainer.plan = Plan(images, trainer.plan.start)
+        if trainer.finished:
+            raise UndiffuseError(
+                f"{self.out}: has seen {trainer.images:,} images already; a new length must be more than that"
+            )
+
+    def _recall(self, found: checkpoint.Checkpoint) -> None:
+        """What the run itself remembers; a checkpoint that leaves something out is refused."""
+        try:
+            self.seconds_before, self.last_loss = found.state["seconds"], found.state["loss"]
+            self.changed = list(found.state["changed"])
+            machine = found.state["machine"]
+        except KeyError as error:
+            raise UndiffuseError(f"{found.path}: lacks {error}, so the run cannot go on exactly") from None
+        others = [
+            f"{name} {machine.get(name)} there, {value} here"
+            for name, value in self.machine.items()
+            if machine.get(name) != value
+        ]
+        if others:
+            warnings.warn(
+                f"{found.path}: written on another machine ({', '.join(others)}): the run goes on, but not bit by bit "
+                "as it would have there",
+                UndiffuseWarning,
+                stacklevel=5,
             )
 
 

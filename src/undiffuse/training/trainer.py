@@ -58,6 +58,21 @@ class Snapshot:
     tensors: dict[str, dict[str, Tensor]]
     numbers: dict[str, Any]
 
+    def copy(self) -> Snapshot:
+        """A copy on the CPU, which further training does not move."""
+        tensors = {
+            group: {name: tensor.detach().to("cpu", copy=True) for name, tensor in each.items()}
+            for group, each in self.tensors.items()
+        }
+        return Snapshot(tensors, self.numbers)
+
+    def check(self) -> None:
+        """Raise :class:`Diverged` if a number is not finite."""
+        for each in self.tensors.values():
+            for name, tensor in each.items():
+                if not bool(tensor.isfinite().all()):
+                    raise Diverged(f"{name} is not finite after update {self.numbers['step']}: lower optimiser.lr")
+
 
 @final
 class Trainer:
@@ -235,8 +250,8 @@ class Trainer:
     # --- the state ----------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """Everything that a restored trainer needs, between two updates. Raises :class:`Diverged` rather than give
-        weights that are not finite."""
+        """Everything that a restored trainer needs, between two updates; its tensors are the trainer's own. Raises
+        :class:`Diverged` if an update so far was not finite."""
         self.check()
         moments = {
             f"{name}/{key}": value
@@ -244,10 +259,6 @@ class Trainer:
             for key, value in self.optimiser.state[parameter].items()
         }
         tensors = {"weights": self.denoiser.state_dict(), "ema": self.ema.denoiser.state_dict(), "optimiser": moments}
-        for group in tensors.values():
-            for name, tensor in group.items():
-                if not bool(tensor.isfinite().all()):
-                    raise Diverged(f"{name} is not finite after update {self.step} (seed {self.seed})")
         numbers = {
             "step": self.step,
             "plan": {"images": self.plan.images, "start": self.plan.start},
@@ -267,20 +278,23 @@ class Trainer:
                 for key, like in (("step", p.new_zeros(())), ("exp_avg", p), ("exp_avg_sq", p))
             },
         }
+        try:
+            numbers = snapshot.numbers
+            step, plan, count = int(numbers["step"]), Plan(**numbers["plan"]), int(numbers["loss_count"])
+            loss_sum = torch.tensor(float(numbers["loss_sum"]), dtype=torch.float32, device=self.device)
+            given = {group: snapshot.tensors[group] for group in wanted}
+        except (KeyError, TypeError) as error:
+            raise UndiffuseError(f"{where}: not the whole state of a trainer ({error})") from None
         for group, tensors in wanted.items():
-            check_fits(shapes(tensors), shapes(snapshot.tensors[group]), f"{where}/{group}")
-        self.denoiser.load_state_dict(snapshot.tensors["weights"])
-        self.ema.denoiser.load_state_dict(snapshot.tensors["ema"])
+            check_fits(shapes(tensors), shapes(given[group]), f"{where}/{group}")
+        self.denoiser.load_state_dict(given["weights"])
+        self.ema.denoiser.load_state_dict(given["ema"])
         for name, p in self.parameters.items():
             self.optimiser.state[p] = {
-                key: snapshot.tensors["optimiser"][f"{name}/{key}"].to(self.device, copy=True)
+                key: given["optimiser"][f"{name}/{key}"].to(self.device, copy=True)
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
-        numbers = snapshot.numbers
-        self.step = numbers["step"]
-        self.plan = Plan(**numbers["plan"])
-        self.loss_sum = torch.tensor(numbers["loss_sum"], dtype=torch.float32, device=self.device)
-        self.loss_count = numbers["loss_count"]
+        self.step, self.plan, self.loss_sum, self.loss_count = step, plan, loss_sum, count
 
     # --- its parts ----------------------------------------------------------------------------------------------------
 
