@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from pathlib import Path
@@ -9,7 +10,10 @@ import pytest
 
 from data.pictures import bad_files, good_folder, jpeg_bytes, png_bytes, ramp, save
 from undiffuse.data import open_dataset
-from undiffuse.data.folder import ImageFolder, printable, scan
+from undiffuse.data.folder import Files, Images
+from undiffuse.data.folder import scan as scan_store
+from undiffuse.data.png import encode16
+from undiffuse.data.store import Folder, printable
 from undiffuse.errors import UndiffuseError, UndiffuseWarning
 
 
@@ -17,10 +21,18 @@ def everything(dataset) -> np.ndarray:
     return dataset.values(range(len(dataset)))
 
 
-def quiet(*args, **options) -> ImageFolder:
+def image_folder(root: Path, *, channels=None, **options) -> Files:
+    return Files(Folder(root), Images(channels=channels), **options)
+
+
+def scan(root: Path):
+    return scan_store(Folder(root), Images())
+
+
+def quiet(root: Path, **options) -> Files:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UndiffuseWarning)
-        return ImageFolder(*args, **options)
+        return image_folder(root, **options)
 
 
 def test_a_flat_folder(tmp_path: Path) -> None:
@@ -52,7 +64,7 @@ def test_one_folder_around_everything_is_not_a_class(tmp_path: Path) -> None:
     good_folder(tmp_path / "images", 2)
     assert open_dataset(str(tmp_path)).labels is None
     good_folder(tmp_path / "images" / "a", 2)
-    with pytest.raises(UndiffuseError, match="2 images beside class folders"):
+    with pytest.raises(UndiffuseError, match="2 files beside class folders"):
         open_dataset(str(tmp_path))
     for name in ("0000.png", "0001.png"):
         (tmp_path / "images" / name).unlink()
@@ -86,7 +98,7 @@ def test_every_bad_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         UndiffuseError, match=r"\d+ of \d+ files cannot be used.*01-empty.png \(the file is empty\)"
     ) as error:
-        ImageFolder(tmp_path)
+        image_folder(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -127,7 +139,7 @@ def test_labels_follow_when_files_are_skipped(tmp_path: Path) -> None:
 
 
 def test_nothing_usable(tmp_path: Path) -> None:
-    with pytest.raises(UndiffuseError, match="the folder is empty"):
+    with pytest.raises(UndiffuseError, match="is empty"):
         open_dataset(str(tmp_path))
     (tmp_path / "a.wav").write_bytes(b"RIFF")
     with pytest.raises(UndiffuseError, match=r"no images.*1 \.wav"):
@@ -266,6 +278,19 @@ def test_trap_D2_a_16_bit_folder_stays_16_bit(tmp_path: Path) -> None:
     np.testing.assert_array_equal(mixed.values([0])[0], np.round(deep / 257))
 
 
+def test_trap_D2_16_bit_colour_stays_16_bit(tmp_path: Path) -> None:
+    deep = np.stack([np.arange(65536, dtype=np.uint16).reshape(256, 256) ^ (c * 0x5555) for c in range(3)], axis=-1)
+    (tmp_path / "a.png").write_bytes(encode16(deep))
+    (tmp_path / "b.png").write_bytes(encode16(deep[::-1]))
+    data = open_dataset(str(tmp_path))
+    assert data.describe() == "2 images 256x256x3 uint16 [0, 65535]"
+    np.testing.assert_array_equal(data.spec.to_data(data.batch([0, 1])[0]), [deep, deep[::-1]])
+    save(tmp_path / "c.png", ramp(256, 256))
+    with pytest.warns(UndiffuseWarning, match="2 images of 16 bits become 8 bits"):
+        mixed = open_dataset(str(tmp_path))
+    np.testing.assert_array_equal(mixed.values([0])[0], np.round(deep / 257))
+
+
 def test_copies_and_dark_pictures_are_noted(tmp_path: Path) -> None:
     good_folder(tmp_path, 2)
     (tmp_path / "z.png").write_bytes((tmp_path / "0000.png").read_bytes())
@@ -276,13 +301,6 @@ def test_copies_and_dark_pictures_are_noted(tmp_path: Path) -> None:
         open_dataset(str(tmp_path / "masks"))
 
 
-def test_captions_are_not_ignored_silently(tmp_path: Path) -> None:
-    good_folder(tmp_path, 2)
-    (tmp_path / "metadata.jsonl").write_text("{}")
-    with pytest.warns(UndiffuseWarning, match="captions"):
-        open_dataset(str(tmp_path))
-
-
 # ---- large folders: decoded when asked for ----
 
 
@@ -290,7 +308,9 @@ def test_on_demand_gives_the_same(tmp_path: Path) -> None:
     for name in ("a", "b"):
         good_folder(tmp_path / name, 6)
     kept, lazy = quiet(tmp_path), quiet(tmp_path, memory=0)
-    assert kept.fingerprint == lazy.fingerprint
+    assert lazy.streams
+    assert not kept.streams
+    assert lazy.fingerprint == quiet(tmp_path, memory=0).fingerprint  # of less than that of what is kept
     assert kept.spec == lazy.spec
     order = [7, 0, 0, 11, 3]
     for one, other in zip(kept.read(order), lazy.read(order), strict=True):
@@ -301,7 +321,7 @@ def test_on_demand_gives_the_same(tmp_path: Path) -> None:
 def test_a_file_that_breaks_later_is_replaced_with_its_label(tmp_path: Path) -> None:
     for name in ("a", "b"):
         good_folder(tmp_path / name, 3)
-    data = ImageFolder(tmp_path, memory=0)
+    data = image_folder(tmp_path, memory=0)
     (tmp_path / "a" / "0002.png").unlink()
     (tmp_path / "b" / "0002.png").write_bytes(jpeg_bytes(ramp())[:99])
     for _ in range(2):
@@ -322,21 +342,122 @@ def test_a_file_that_breaks_later_is_replaced_with_its_label(tmp_path: Path) -> 
 # ---- fingerprint ----
 
 
-def test_the_fingerprint_sees_changes_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", [2**30, 0])
+def test_RS8_the_fingerprint_sees_changes_and_nothing_else(tmp_path: Path, memory: int) -> None:
+    """The list "between runs", for data that are kept in memory and for data that are streamed."""
+
+    def print_of(root: Path, **options) -> str:
+        return quiet(root, memory=memory, **options).fingerprint
+
     folder = good_folder(tmp_path / "a", 3)
-    first = open_dataset(str(folder)).fingerprint
-    assert open_dataset(str(folder)).fingerprint == first
+    first = print_of(folder)
+    assert print_of(folder) == first
     folder.rename(tmp_path / "b")
     folder = tmp_path / "b"
-    assert open_dataset(str(folder)).fingerprint == first  # the root may move
-    assert open_dataset(str(folder), channels=1).fingerprint != first
-    assert open_dataset(str(folder), image_size=4).fingerprint != first
-    status = (folder / "0000.png").stat()
-    os.utime(folder / "0000.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    second = open_dataset(str(folder)).fingerprint
-    assert second != first
+    assert print_of(folder) == first  # the root may move
+    assert print_of(folder, channels=1) != first
+    status, content = (folder / "0001.png").stat(), (folder / "0001.png").read_bytes()
+    (folder / "0001.png").unlink()
+    removed = print_of(folder)
+    (folder / "0001.png").write_bytes(content)
+    os.utime(folder / "0001.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert print_of(folder) == first  # nor does the order on the disk matter
+    os.utime(folder / "0001.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    touched = print_of(folder)
+    other = png_bytes(ramp(8, 8, 3, 1), compress_level=0)
+    (folder / "0001.png").write_bytes(other)
+    os.utime(folder / "0001.png", ns=(1, 1))
+    before = print_of(folder)
+    (folder / "0001.png").write_bytes(png_bytes(ramp(8, 8, 3, 2), compress_level=0))  # of the same size
+    assert (folder / "0001.png").stat().st_size == len(other)
+    os.utime(folder / "0001.png", ns=(1, 1))
+    changed = print_of(folder)
     (folder / "0002.png").rename(folder / "0003.png")
-    third = open_dataset(str(folder)).fingerprint
-    assert third not in (first, second)
+    renamed = print_of(folder)
     save(folder / "0004.png", ramp(seed=9))
-    assert open_dataset(str(folder)).fingerprint not in (first, second, third)
+    added = print_of(folder)
+    assert len({first, removed, touched, before, changed, renamed, added}) == 7
+
+
+def test_RS8_what_is_kept_in_memory_is_known_to_the_last_byte(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    save(tmp_path / "0.bmp", noise)
+    first = quiet(tmp_path).fingerprint
+    status = (tmp_path / "0.bmp").stat()
+    noise[32, 32] ^= 1  # far from both ends of the file
+    save(tmp_path / "0.bmp", noise)
+    os.utime(tmp_path / "0.bmp", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert quiet(tmp_path).fingerprint != first
+
+
+# ---- captions and attributes ----
+
+
+def test_captions_and_attributes(tmp_path: Path) -> None:
+    good_folder(tmp_path, 4)
+    lines = [
+        {"file_name": "0001.png", "text": " a red cat ", "breed": "manx", "age": 3},
+        {"file_name": "./0000.png", "caption": "ein Hund, größer", "breed": "pug", "age": 4},
+        {"file_name": "0002.png", "text": "猫", "breed": "manx", "boxes": [1, 2]},
+        {"file_name": "0003.png", "text": "x", "breed": "manx"},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n", "utf-8")
+    with pytest.warns(UndiffuseWarning, match="attributes that are not used: age, breed; choose one with labels=age"):
+        data = open_dataset(str(tmp_path))
+    assert data.texts == ("ein Hund, größer", "a red cat", "猫", "x")
+    assert data.labels is None
+    bred = open_dataset(str(tmp_path), labels="breed")
+    assert bred.spec.classes == ("manx", "pug")
+    assert bred.labels is not None
+    assert bred.labels.tolist() == [1, 0, 0, 0]
+    assert bred.fingerprint != data.fingerprint
+    train, held = bred.split(0.5, 0)
+    for part in (train, held):
+        assert part.texts is not None
+        assert len(part.texts) == len(part)
+    with pytest.raises(UndiffuseError, match="2 files have no age"):
+        open_dataset(str(tmp_path), labels="age")
+    with pytest.raises(UndiffuseError, match="did you mean 'breed'"):
+        open_dataset(str(tmp_path), labels="bred")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(lines[0]) + '\n{"file_name": "away.png", "text": "y"}\n')
+    with pytest.warns(UndiffuseWarning) as caught:
+        data = open_dataset(str(tmp_path))
+    said = " ".join(str(each.message) for each in caught)
+    assert "speaks of 1 files that are not there" in said
+    assert "3 of 4 files have no caption" in said
+    assert data.texts == ("", "a red cat", "", "")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", "3", "{}", '{"file_name": 3}', "[" * 100_000, '{"file_name": "0000.png"}\n{"file_name": "0000.png"}'],
+)
+def test_bad_metadata_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
+    good_folder(tmp_path, 2)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0001.png"}\n' + line)
+    with pytest.raises(UndiffuseError, match=r"metadata.jsonl, line \d"):
+        open_dataset(str(tmp_path))
+
+
+def test_files_beside_the_pictures(tmp_path: Path) -> None:
+    good_folder(tmp_path, 3)
+    for index, (caption, label) in enumerate((("a cat", "cat"), ("a dog", "dog"), ("", "cat"))):
+        (tmp_path / f"000{index}.txt").write_text(caption + "\n")
+        (tmp_path / f"000{index}.cls").write_text(label)
+    (tmp_path / "0002.json").write_text('{"caption": "third", "class": "dog"}')
+    (tmp_path / "readme.txt").write_text("not a caption")
+    data = quiet(tmp_path)
+    assert data.texts == ("a cat", "a dog", "")  # .txt comes after .json
+    assert data.spec.classes == ("cat", "dog")
+    assert quiet(tmp_path, labels="none").labels is None
+
+
+def test_classes_from_names(tmp_path: Path) -> None:
+    for name in ("cat_1.png", "dog-1.png", "dog_2.png"):
+        save(tmp_path / "pets" / name, ramp(seed=len(name)))
+    data = open_dataset(str(tmp_path), labels="name")
+    assert data.spec.classes == ("cat", "dog")
+    assert data.labels is not None
+    assert data.labels.tolist() == [0, 1, 1]
+    with pytest.raises(UndiffuseError, match="no class folders"):
+        open_dataset(str(tmp_path), labels="folder")

@@ -56,6 +56,7 @@ def train(
     seed: int = 0,
     device: str = "auto",
     data_root: AnyPath | None = None,
+    labels: str | None = None,
     strict: bool = False,
     change: bool = False,
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH=VALUE")] = (),
@@ -63,8 +64,8 @@ def train(
     """Train a diffusion model. The same command continues a run that was stopped.
 
     Args:
-        data: A folder of images, a .npy or .npz file, or the name of a data set: digits, mnist, moons, swissroll,
-            checkerboard.
+        data: A folder, .zip or .tar of images, a .npy or .npz file, or the name of a data set: digits, mnist, moons,
+            swissroll, checkerboard.
         out: The run folder (default: runs/ and the name of the data).
         recipe: default, digits, mnist, points, images or tiny (seconds, for tests).
         steps: Length of the run in updates.
@@ -76,6 +77,8 @@ def train(
         seed: Of everything that is drawn.
         device: auto, cpu, cuda, mps.
         data_root: Where files of named data sets are.
+        labels: What the classes of files are: folder (the default, where there are folders), name (what stands before
+            the first _ or - of a file's name), none, or an attribute in metadata.jsonl.
         strict: Refuse a folder with a file that cannot be read instead of skipping it.
         change: Go on with the run that is there although its length, optimiser, objective or average were others.
         set: Change one setting of the recipe, such as optimiser.lr=0.001; may be repeated.
@@ -106,13 +109,14 @@ def train(
         "--seed": seed or None,
         "--device": None if device == "auto" else device,
         "--data-root": data_root,
+        "--labels": labels,
     }
     words = ["undiffuse", "train", data]
     words += [word for name, value in given.items() if value is not None for word in (name, str(value))]
     words += ["--strict"] if strict else []
     words += ["--change"] if change else []
     words += [word for setting in set for word in ("--set", setting)]
-    dataset = open_dataset(data, image_size=image_size, data_root=data_root, strict=strict, seed=seed)
+    dataset = open_dataset(data, image_size=image_size, data_root=data_root, labels=labels, strict=strict, seed=seed)
     chosen = make_recipe(recipe, dataset.spec, len(dataset), model_size)
     chosen = override(chosen, set, REGISTRIES)
     chosen = with_length(chosen, steps=steps, images=images, batch_size=batch_size)

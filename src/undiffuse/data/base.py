@@ -23,13 +23,24 @@ class Dataset(ABC):
     ``name``   what the user asked for
     ``labels``   int64 ``[N]``, indices into ``spec.classes``, or ``None``
     ``fingerprint``   changes when the items, their order or their preprocessing change
+    ``texts``   a caption for each item, or ``None``
     ``skipped``   ``(file, reason)`` for each file that could not be used
+    ``duplicates``   ``(file, the first one with the same content)``
+    ``notes``   everything that was warned about when the data were opened
+    ``streams``   whether items are decoded when they are asked for (reading is then worth a thread of its own)
     """
 
     spec: DataSpec
     name: str
     labels: np.ndarray | None
     fingerprint: str
+    texts: tuple[str, ...] | None = None
+    duplicates: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def streams(self) -> bool:
+        return False
 
     @property
     def skipped(self) -> tuple[tuple[str, str], ...]:
@@ -146,7 +157,13 @@ class Subset(Dataset):
         self._whole, self._indices = whole, positions(indices, len(whole))
         self.spec, self.name = whole.spec, whole.name
         self.labels = None if whole.labels is None else whole.labels[self._indices]
+        self.texts = None if whole.texts is None else tuple(whole.texts[index] for index in self._indices)
+        self.duplicates, self.notes = whole.duplicates, whole.notes
         self.fingerprint = digest(whole.fingerprint, self._indices.tobytes())
+
+    @property
+    def streams(self) -> bool:
+        return self._whole.streams
 
     @property
     def skipped(self) -> tuple[tuple[str, str], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -12,8 +13,9 @@ from ..errors import UndiffuseError, UndiffuseWarning
 from . import named
 from .arrays import open_array, resized
 from .base import ArrayDataset, Dataset
-from .folder import ImageFolder, printable
+from .folder import Files, Images
 from .images import MIN_SIDE, Channels, Size
+from .store import Folder, Store, Tar, Zip, printable
 
 __all__ = ["DATASETS", "Dataset", "open_dataset"]
 
@@ -34,15 +36,19 @@ def open_dataset(
     image_size: int | tuple[int, int] | None = None,
     channels: Channels = None,
     data_root: str | Path | None = None,
+    labels: str | None = None,
     strict: bool = False,
     seed: int = 0,
 ) -> Dataset:
-    """The data set that ``data`` names: one of :data:`DATASETS`, a folder of images, or an ``.npy`` or ``.npz`` file.
+    """The data set that ``data`` names: one of :data:`DATASETS`, a folder, ``.zip`` or ``.tar`` of images, or an
+    ``.npy`` or ``.npz`` file.
 
     ``image_size``   brings images to this size, a side or (height, width): cropped in the middle, resized with Lanczos
     ``channels``   images of a folder: 1, 3 or 4 (alpha), or "keep" (the default: grey if all are grey, else RGB).
         Arrays: how many channels there are, if their shape does not tell
     ``data_root``   where files of named sets are looked for, before ``$UNDIFFUSE_DATA``
+    ``labels``   what the classes of files are: "folder" (the default, where there are folders), "name" (what stands
+        before the first _ or - of the file's name), "none", or an attribute in ``metadata.jsonl``
     ``strict``   refuse a folder at its first bad file instead of skipping it
     ``seed``   of the sets that are drawn (``moons``, ``swissroll``, ``checkerboard``), 0 to 2^32 - 1
     """
@@ -60,12 +66,23 @@ def open_dataset(
     path = Path(os.path.expanduser(data))
     if not data or not os.path.exists(path):
         raise _missing(data, path)
-    if path.is_dir():
-        return ImageFolder(path, image_size=size, channels=channels, strict=strict)
+    store = open_store(path)
+    if store is not None:
+        return Files(store, Images(size, channels), labels=labels, strict=strict)
     if path.suffix.lower() in (".npy", ".npz") and path.is_file():
         return open_array(path, image_size=size, channels=channels)
     what = f"{path.suffix.lower()} files are" if path.suffix else "such a file is"
     raise UndiffuseError(f"{printable(data)}: {what} not supported; {_choices()}")
+
+
+def open_store(path: Path) -> Store | None:
+    """The files at ``path``, a folder or an archive that is read in place; ``None`` for any other file."""
+    if path.is_dir():
+        return Folder(path)
+    name = path.name.lower() if path.is_file() else ""
+    if name.endswith(".zip"):
+        return Zip(path)
+    return Tar(path) if re.search(r"\.(tar|tgz|tar\.\w+)$", name) else None
 
 
 def _named(dataset: Dataset, size: Size, channels: Channels) -> Dataset:
@@ -103,4 +120,4 @@ def _missing(data: str, path: Path) -> UndiffuseError:
 
 
 def _choices() -> str:
-    return f"DATA is a folder of images, an .npy or .npz file, or one of {', '.join(DATASETS)}"
+    return f"DATA is a folder, .zip or .tar of images, an .npy or .npz file, or one of {', '.join(DATASETS)}"

@@ -3,7 +3,7 @@
 Files come from strangers and break in many ways, so nothing is decoded before its header says that it is small enough,
 and only the formats below are ever given to a decoder. What the pixels become:
 
-    16-bit grey      kept, if the caller wants 16 bits; else divided by 257 (cutting makes nearly everything white)
+    16 bits          kept, if the caller wants 16 bits (grey PNG and TIFF, colour PNG); else divided by 257 and rounded
     palette, 1-bit, CMYK, YCbCr, Lab    RGB or grey; CMYK in JPEG of both polarities
     colour profile   RGB and CMYK are converted to sRGB
     transparency     composited on white, or kept as a fourth channel
@@ -14,11 +14,9 @@ and only the formats below are ever given to a decoder. What the pixels become:
 
 from __future__ import annotations
 
-import os
-import stat
 import warnings
 import zlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,23 +27,29 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageChops, ImageCms, ImageOps
 
-from ..errors import UndiffuseError
+from . import png
+from .store import BadFile
 
 Size = tuple[int, int] | None  # height, width
 Channels = int | str | None
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 64_000_000
-MAX_BYTES = 100_000_000
 MIN_SIDE = 4
 MAX_ASPECT = 32
 SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
 GREY = ("1", "L", "LA", "La", *SIXTEEN)
 COLOUR = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB")
-
-
-class BadImage(UndiffuseError):
-    """This file cannot be used; the message is the reason, without the name of the file."""
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}
+"""What turns ``[H, W, ...]`` upright, by EXIF's orientation."""
 
 
 @dataclass(frozen=True)
@@ -74,41 +78,41 @@ class Decoded:
     digest: bytes
 
 
-def read_header(path: str | os.PathLike[str] | bytes) -> Header:
-    """Size and kind of an image file, from its header alone. Raises :class:`BadImage`."""
-    with _regular(path) as file, _foreign(), warnings.catch_warnings():
+def read_header(file: BinaryIO) -> Header:
+    """Size and kind of an image, from its header alone. Raises :class:`BadFile`."""
+    with _foreign(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        head = file.read(29)
+        file.seek(0)
         with Image.open(file, formats=FORMATS) as image:
-            return _header(image)
+            return _header(image, head)
 
 
-def decode(path: str | os.PathLike[str] | bytes, target: Target) -> Decoded:
-    """The pixels of an image file as ``target`` wants them: uint8, or uint16 for 16 bits. Raises :class:`BadImage`."""
-    with _regular(path) as file:
-        data = file.read(MAX_BYTES + 1)
+def decode(data: bytes, target: Target) -> Decoded:
+    """The pixels of an image file as ``target`` wants them: uint8, or uint16 for 16 bits. Raises :class:`BadFile`."""
     notes = _check_whole(data)
     with _foreign(), Image.open(BytesIO(data), formats=FORMATS) as image:
-        header = _header(image)
-        deep = _bit_depth(image, data)
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
-            upright = ImageChops.invert(upright)  # Pillow reads all as Adobe's, which are stored inverted
-        if header.bits == 16 and target.bits == 16:
-            pixels = _native(np.asarray(upright))
-            key = upright.info.get("transparency")
-            pixels = np.where(pixels == key, np.uint16(65535), pixels) if isinstance(key, int) else pixels
+        header = _header(image, data[:29])
+        depth = _bit_depth(image, data)
+        if header.bits == 16 and image.mode not in SIXTEEN:
+            colour, alpha, more = _deep_colour(image, data)
         else:
-            colour, alpha, more = _straight(upright, deep)
-            notes += more
-            pixels = _combine(colour, alpha, target.channels)
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+                upright = ImageChops.invert(upright)  # Pillow reads all as Adobe's, which are stored inverted
+            colour, alpha, more = _straight(upright, depth)
+        notes += more
+        if colour.dtype == np.uint16 and target.bits == 8:
+            colour, alpha = _eight(colour), None if alpha is None else _eight(alpha)
+        pixels = _combine(colour, alpha, target.channels)
         if _frames(image):
             notes += ("several frames, the first is read",)
-        if deep == 16 and header.bits == 8:
+        if depth == 16 and header.bits == 8:
             notes += ("16 bits a channel in colour, read as 8",)
     height, width = pixels.shape[:2]
     if (height, width) != (header.height, header.width):  # the form of all images was chosen by the headers
-        raise BadImage("its orientation is stored after its pixels: save it again")
+        raise BadFile("its orientation is stored after its pixels: save it again")
     if height < target.size[0] or width < target.size[1]:
         notes += ("smaller than the image size, enlarged",)
     return Decoded(fit(pixels, target.size), notes, blake2b(data, digest_size=16).digest())
@@ -135,6 +139,11 @@ def fit(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return fit(pixels[..., 0], size)[..., None]
     if pixels.dtype == np.uint8:
         return lanczos(Image.fromarray(np.ascontiguousarray(pixels)))
+    if pixels.dtype == np.uint16 and pixels.shape[2:] == (4,):  # 8-bit RGBA is premultiplied by Pillow
+        alpha = fit(pixels[..., 3].astype(np.float32), size)
+        wide = pixels[..., :3].astype(np.float32) * (pixels[..., 3:] / 65535)
+        rgb = fit(wide, size) / np.maximum(alpha[..., None], 1) * 65535
+        return np.clip(np.rint(np.concatenate([rgb, alpha[..., None]], -1)), 0, 65535).astype(np.uint16)
     planes = pixels[..., None] if pixels.ndim == 2 else pixels
     planes = [lanczos(Image.fromarray(np.ascontiguousarray(plane, np.float32))) for plane in np.moveaxis(planes, -1, 0)]
     result = np.stack(planes, axis=-1).reshape(*size, *pixels.shape[2:])
@@ -146,26 +155,13 @@ def fit(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.clip(np.floor(result.astype(np.float64) + 0.5), limits.min, limits.max).astype(pixels.dtype)
 
 
+def is_image(head: bytes) -> bool:
+    """Whether a file that begins with these 16 bytes is an image."""
+    riff = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+    return riff or head.startswith((png.SIGNATURE, b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*"))
+
+
 # ---- opening ----
-
-
-@contextmanager
-def _regular(path: str | os.PathLike[str] | bytes) -> Generator[BinaryIO, None, None]:
-    """``path`` opened if it is a regular file of acceptable size. A FIFO would block: it is never waited for."""
-    try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except OSError as error:
-        raise BadImage((error.strerror or "cannot be opened").lower()) from error
-    status = os.fstat(handle)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(handle)
-        raise BadImage("not a regular file")
-    with os.fdopen(handle, "rb") as file:
-        if status.st_size == 0:
-            raise BadImage("the file is empty")
-        if status.st_size > MAX_BYTES:
-            raise BadImage(f"{status.st_size / 1e6:,.0f} MB, at most {MAX_BYTES / 1e6:,.0f} MB are read")
-        yield file
 
 
 @contextmanager
@@ -173,33 +169,35 @@ def _foreign() -> Generator[None, None, None]:
     """Turns whatever a decoder does with a broken file into a reason. Decoders raise nearly every kind of exception."""
     try:
         yield
-    except BadImage:
+    except BadFile:
         raise
     except Image.UnidentifiedImageError:
-        raise BadImage(f"not an image ({', '.join(FORMATS)})") from None
+        raise BadFile(f"not an image ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
-        raise BadImage(f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from None
+        raise BadFile(f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from None
     except MemoryError:
-        raise BadImage("not enough memory to decode it") from None
+        raise BadFile("not enough memory to decode it") from None
     except Exception as error:
-        raise BadImage(f"damaged: {' '.join(str(error).split())[:100] or type(error).__name__}") from error
+        raise BadFile(f"damaged: {' '.join(str(error).split())[:100] or type(error).__name__}") from error
 
 
-def _header(image: Image.Image) -> Header:
+def _header(image: Image.Image, head: bytes) -> Header:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise BadImage(f"{width}x{height}: more than {MAX_PIXELS / 1e6:.0f} million pixels")
+        raise BadFile(f"{width}x{height}: more than {MAX_PIXELS / 1e6:.0f} million pixels")
     if min(width, height) < MIN_SIDE:
-        raise BadImage(f"{width}x{height}: a side is shorter than {MIN_SIDE} pixels")
+        raise BadFile(f"{width}x{height}: a side is shorter than {MIN_SIDE} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadImage(f"{width}x{height}: one side is more than {MAX_ASPECT} times the other")
+        raise BadFile(f"{width}x{height}: one side is more than {MAX_ASPECT} times the other")
     if image.mode in ("I", "F"):
         what = "32-bit integer" if image.mode == "I" else "real-valued"
-        raise BadImage(f"{what} pixels do not say their range: save 8- or 16-bit, or an .npy array")
+        raise BadFile(f"{what} pixels do not say their range: save 8- or 16-bit, or an .npy array")
     if image.mode not in GREY and image.mode not in COLOUR:
-        raise BadImage(f"pixel mode {image.mode} is not supported")
+        raise BadFile(f"pixel mode {image.mode} is not supported")
     if _says_turned(image):
         width, height = height, width
+    if png.is_deep(head):
+        return Header(height, width, png.CHANNELS.get(head[25], 3) < 3, 16)
     grey = image.mode in GREY or (image.mode == "P" and _grey_palette(image))
     return Header(height, width, grey, 16 if image.mode in SIXTEEN else 8)
 
@@ -250,7 +248,7 @@ def _check_whole(data: bytes) -> tuple[str, ...]:
         return ("bytes after the end of the image, ignored",) if data[end:].strip(b"\0\r\n ") else ()
     if data.startswith(b"\xff\xd8\xff"):
         if b"\xff\xd9" not in data:
-            raise BadImage("truncated: the end of the JPEG is missing")
+            raise BadFile("truncated: the end of the JPEG is missing")
         tail = data.rstrip(b"\0\r\n ")
         return () if tail.endswith(b"\xff\xd9") else ("bytes after the end of the image, ignored",)
     return ()
@@ -264,9 +262,9 @@ def _check_png(data: bytes) -> int:
         kind = data[at + 4 : at + 8]
         end = at + 12 + length
         if len(kind) < 4 or end > len(data):
-            raise BadImage("truncated: the file ends inside a PNG chunk")
+            raise BadFile("truncated: the file ends inside a PNG chunk")
         if zlib.crc32(memoryview(data)[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
-            raise BadImage(f"damaged: wrong checksum in PNG chunk {kind.decode('latin-1')!r}")
+            raise BadFile(f"damaged: wrong checksum in PNG chunk {kind.decode('latin-1')!r}")
         if kind == b"IEND":
             return end
         at = end
@@ -275,17 +273,31 @@ def _check_png(data: bytes) -> int:
 # ---- from any mode to grey or RGB with an alpha ----
 
 
-def _native(pixels: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(pixels, dtype=np.uint16)
+def _eight(pixels: np.ndarray) -> np.ndarray:
+    """16 bits to 8: divided by 257 and rounded (cutting the low byte off darkens)."""
+    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _deep_colour(image: Image.Image, data: bytes) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
+    """As :func:`_straight`, of a PNG with 16 bits a channel."""
+    pixels, key = png.decode16(data), image.info.get("transparency")
+    colour, alpha = (pixels[..., :-1], pixels[..., -1]) if pixels.shape[-1] in (2, 4) else (pixels, None)
+    if isinstance(key, tuple):
+        alpha = _keyed(colour == np.asarray(key), np.uint16)
+    profile, notes = image.info.get("icc_profile"), ()
+    if profile and _to_srgb(profile, "RGB") is not None:
+        notes = ("its colour profile cannot be applied at 16 bits, read as sRGB",)
+    upright = UPRIGHT.get(image.getexif().get(0x0112, 1), lambda array: array)
+    return upright(colour), None if alpha is None else upright(alpha), notes
 
 
 def _straight(image: Image.Image, depth: int) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
-    """8-bit colour ``[H, W, 1 or 3]``, alpha ``[H, W]`` or ``None`` (not premultiplied), and notes."""
+    """Colour ``[H, W, 1 or 3]`` of 8 bits (of 16 for 16-bit grey), alpha ``[H, W]`` or ``None`` (not premultiplied),
+    and notes."""
     key = image.info.get("transparency")
     if image.mode in SIXTEEN:
-        wide = _native(np.asarray(image))
-        alpha = _keyed(wide[..., None] == key) if isinstance(key, int) else None
-        return ((wide.astype(np.uint32) + 128) // 257).astype(np.uint8)[..., None], alpha, ()
+        wide = np.ascontiguousarray(np.asarray(image), dtype=np.uint16)[..., None]
+        return wide, _keyed(wide == key, np.uint16) if isinstance(key, int) else None, ()
     if image.mode in ("1", "L"):
         grey = np.asarray(image.convert("L"))[..., None]
         if isinstance(key, int) and image.mode == "L":
@@ -335,23 +347,24 @@ def _to_srgb(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | N
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
 
 
-def _keyed(matches: np.ndarray) -> np.ndarray:
+def _keyed(matches: np.ndarray, dtype: type = np.uint8) -> np.ndarray:
     """Alpha from "this one colour is transparent"; ``matches`` is bool ``[H, W, C]``."""
-    return np.where(matches.all(axis=-1), 0, 255).astype(np.uint8)
+    return np.where(matches.all(axis=-1), 0, np.iinfo(dtype).max).astype(dtype)
 
 
 def _combine(colour: np.ndarray, alpha: np.ndarray | None, channels: int) -> np.ndarray:
     """``[H, W]`` for one channel, else ``[H, W, channels]``. Four keep the alpha, else it is composited on white."""
+    dtype, opaque = colour.dtype, np.uint32(np.iinfo(colour.dtype).max)
     if alpha is not None and channels != 4:
         a = alpha[..., None].astype(np.uint32)
-        colour = ((colour * a + 255 * (255 - a) + 127) // 255).astype(np.uint8)
+        colour = ((colour * a + opaque * (opaque - a) + opaque // 2) // opaque).astype(dtype)
     if channels == 1:
         if colour.shape[-1] == 3:  # ITU-R BT.601 luma
             red, green, blue = np.moveaxis(colour.astype(np.uint32), -1, 0)
-            return ((299 * red + 587 * green + 114 * blue + 500) // 1000).astype(np.uint8)
+            return ((299 * red + 587 * green + 114 * blue + 500) // 1000).astype(dtype)
         return np.ascontiguousarray(colour[..., 0])
     rgb = np.broadcast_to(colour, (*colour.shape[:2], 3))
     if channels == 3:
         return np.ascontiguousarray(rgb)
-    full = np.full(rgb.shape[:2], 255, np.uint8) if alpha is None else alpha
+    full = np.full(rgb.shape[:2], opaque, dtype) if alpha is None else alpha
     return np.concatenate([rgb, full[..., None]], axis=-1)
