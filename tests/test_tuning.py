@@ -21,7 +21,6 @@ from undiffuse.config import from_json, to_json
 from undiffuse.data import from_array
 from undiffuse.denoiser import INPUT_SCALES, LABELS, Denoise
 from undiffuse.errors import UndiffuseError, UndiffuseWarning
-from undiffuse.evaluation.frechet import frechet_distance
 from undiffuse.grids import GRIDS, Times
 from undiffuse.levels import Estimate, Level
 from undiffuse.noise import Streams
@@ -464,36 +463,7 @@ def test_tuned_on_the_command_line_used_by_sample_and_made_again_from_its_pictur
     assert [each.steps for each in Pipeline.load(model).tuned] == [2, 1]
 
 
-# --- the Frechet distance ---------------------------------------------------------------------------------------------
-
-
-def test_the_frechet_distance_of_commuting_gaussians() -> None:
-    axes = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]
-    a, b = np.array([4.0, 1.0, 0.25, 0.0, 9.0]), np.array([1.0, 1.0, 4.0, 1.0, 0.0])
-    mean = np.array([1.0, -2.0, 0, 0, 0.5])
-    wanted = float(mean @ mean + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum())
-    got = frechet_distance(mean, axes @ np.diag(a) @ axes.T, 0 * mean, axes @ np.diag(b) @ axes.T)
-    assert got == pytest.approx(wanted, abs=1e-7)
-
-
-def test_the_frechet_distance_is_that_of_scipys_matrix_root() -> None:
-    from scipy.linalg import sqrtm
-
-    draw = np.random.default_rng(1)
-    a, b = (m @ m.T for m in draw.normal(size=(2, 6, 8)))
-    mean = draw.normal(size=(2, 6))
-    root = sqrtm(a @ b)
-    wanted = ((mean[0] - mean[1]) ** 2).sum() + np.trace(a + b - 2 * root.real)
-    assert frechet_distance(mean[0], a, mean[1], b) == pytest.approx(wanted, rel=1e-8)
-    assert frechet_distance(mean[1], b, mean[0], a) == pytest.approx(wanted, rel=1e-8)
-    assert frechet_distance(mean[0], a, mean[0], a) == pytest.approx(0, abs=1e-8)
-
-
-def test_what_has_no_frechet_distance_is_refused() -> None:
-    with pytest.raises(UndiffuseError, match="two means"):
-        frechet_distance(np.zeros(2), np.eye(3), np.zeros(2), np.eye(2))
-    with pytest.raises(UndiffuseError, match="not finite"):
-        frechet_distance(np.array([np.nan]), np.eye(1), np.zeros(1), np.eye(1))
+# --- the recommendation -----------------------------------------------------------------------------------------------
 
 
 def test_what_sampling_noise_cannot_tell_apart_the_distance_to_the_fine_solution_does() -> None:

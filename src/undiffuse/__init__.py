@@ -160,6 +160,18 @@ if TYPE_CHECKING:
     from .training import make_recipe as make_recipe
     from .training import run_training as run_training
 
+    # evaluation
+    from .evaluation.statistics import Moments as Moments
+    from .evaluation.frechet import frechet as frechet
+    from .evaluation.kid import kid as kid
+    from .evaluation.precision_recall import precision_recall as precision_recall
+    from .evaluation.classes import class_balance as class_balance
+    from .evaluation.memorisation import memorisation as memorisation
+    from .evaluation.metrics import METRICS as METRICS
+    from .evaluation.metrics import Examples as Examples
+    from .evaluation.metrics import Figure as Figure
+    from .evaluation.metrics import measure as measure
+
     # the verbs of the command line
     from .commands.demo import demo as demo
     from .commands.train import train as train
