@@ -41,7 +41,7 @@ def plain_precision_recall(x: np.ndarray, y: np.ndarray, k: int, k_density: int)
     def covered(points: np.ndarray, rows: np.ndarray, k: int) -> list[int]:
         """In how many balls of ``rows`` each point lies."""
         radii = [plain_radius(rows, i, k) for i in range(len(rows))]
-        return [sum(np.linalg.norm(p - c) <= r for c, r in zip(rows, radii, strict=True)) for p in points]
+        return [sum(bool(np.linalg.norm(p - c) <= r) for c, r in zip(rows, radii, strict=True)) for p in points]
 
     precision = np.mean([count > 0 for count in covered(x, y, k)])
     recall = np.mean([count > 0 for count in covered(y, x, k)])
