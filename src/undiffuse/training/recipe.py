@@ -144,6 +144,9 @@ class Training:
         keep: how many of the newest checkpoints are kept.
         milestone_every: in updates; these checkpoints are never removed. 0 for none.
         previews: samples in a preview picture.
+        nonfinite: what to do when the loss or a gradient is not finite. ``stop``, or ``skip``: leave that update out.
+        skip_in_row, skip_share: a run that skips stops all the same at more than ``skip_in_row`` in a row, or more than
+            ``skip_in_row`` and a share ``skip_share`` of its updates so far in all.
     """
 
     images: int = 1_000_000
@@ -156,9 +159,13 @@ class Training:
     keep: int = 2
     milestone_every: int = 0
     previews: int = 64
+    nonfinite: Literal["stop", "skip"] = "stop"
+    skip_in_row: int = 3
+    skip_share: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("images", "batch_size", "accumulation", "log_every", "keep", "previews"):
+        check(not 0 <= self.skip_share <= 1, f"skip_share={self.skip_share} must be in [0, 1]")
+        for name in ("images", "batch_size", "accumulation", "log_every", "keep", "previews", "skip_in_row"):
             check(getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("preview_every", "checkpoint_every", "milestone_every"):
             check(getattr(self, name) < 0, f"{name}={getattr(self, name)} must be at least 0")

@@ -3,6 +3,7 @@
     config.json  command.txt  env.json      what was asked for, and where it ran
     log.txt  metrics.jsonl  status.json     what happened; the metrics are those of a run that was never stopped
     samples/  checkpoints/  model/          previews from fixed noise; the state; the averaged weights as a pipeline
+    nan/                                    what is known of an update that was not finite (forensics)
 
 Calling :func:`run_training` again with the same arguments continues it.
 """
@@ -40,7 +41,7 @@ from ..errors import UndiffuseError, UndiffuseWarning
 from ..objectives import overlap
 from ..outputs import drawable, write_samples
 from ..pipeline import BATCH, REGISTRIES, Pipeline, resolve_device
-from . import checkpoint
+from . import checkpoint, forensics, memory
 from .recipe import Plan, Recipe, kind_of
 from .trainer import Diverged, Snapshot, Trainer
 
@@ -242,6 +243,8 @@ class _Run:
         with self.writer, _signals() as caught:
             try:
                 for update in trainer.updates():
+                    if update.skipped:
+                        self.say(f"warning: update {update.step} was not finite and is skipped: {self._examine()}")
                     now = time.monotonic()
                     if trainer.plan.images is None:
                         float(update.loss)  # waits for the device, so that the clock is right
@@ -286,16 +289,32 @@ class _Run:
                     raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(128 + caught[0])
             except Diverged as error:
                 self._close()
-                good = (
-                    f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no checkpoint yet"
-                )
-                self.log.append(f"failed: {error}")
-                raise Diverged(f"{self.out}: {error}; {good}") from None
-            except Exception:
+                message = f"{self.out}: {error}; likely cause: {self._examine()}; {self._last_good()}"
+                self.log.append(f"failed: {message}")
+                raise Diverged(message) from None
+            except Exception as error:
                 self._close()
-                raise
+                if not memory.is_out_of_memory(error):
+                    raise
+                remedy = memory.smaller_batch(training.batch_size, training.accumulation)
+                message = f"{self.out}: out of memory after update {trainer.step}; {remedy}; {self._last_good()}"
+                self.log.append(f"failed: {message}")
+                raise UndiffuseError(message) from None
         self._status("finished")
         return self._result()
+
+    def _last_good(self) -> str:
+        return f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no checkpoint yet"
+
+    def _examine(self) -> str:
+        """Write ``nan/`` about the update that was not finite, and return its likely cause."""
+        trainer = self.trainer
+        # The last update was skipped, or one since the last check was bad; else a weight is, which the next will show.
+        step = trainer.diverged_at or (trainer.step if trainer.skipped_in_row else trainer.step + 1)
+        cause = "unknown"
+        with _tolerant(f"{self.out / forensics.FOLDER} is not complete"):
+            cause = forensics.keep(trainer, step, self.out, self.last_good).cause
+        return cause
 
     def _result(self) -> Result:
         trainer = self.trainer

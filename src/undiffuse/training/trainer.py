@@ -30,7 +30,9 @@ from .recipe import Plan, Recipe, share
 
 
 class Diverged(UndiffuseError):
-    """The loss or a gradient was not finite; the update in which it happened changed nothing."""
+    """The loss or a gradient was not finite; the update in which it happened changed nothing. Exit code 3."""
+
+    exit_code = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,7 @@ class Update:
         loss: mean over the batch.
         norm: length of the gradient, before clipping.
         lr: learning rate.
+        skipped: loss or gradient was not finite; nothing but the counts has changed.
     """
 
     step: int
@@ -49,6 +52,7 @@ class Update:
     loss: Tensor
     norm: Tensor
     lr: float
+    skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class Trainer:
         plan: may be set between updates, when a run with a time budget learns its length.
         reads_ahead: read the next batch in a thread while this one is computed; changes nothing but the speed.
         ema: the averaged weights, which are what is sampled from.
+        skipped, skipped_in_row: updates that were not finite: in all, and up to the last update.
     """
 
     def __init__(
@@ -136,6 +141,7 @@ class Trainer:
         self.step = 0
         self.loss_sum = torch.zeros((), device=self.device)  # since the last call of mean_loss
         self.loss_count = 0
+        self.skipped = self.skipped_in_row = 0
         self._first_bad = torch.zeros((), dtype=torch.int64, device=self.device)
         self.reads_ahead = self.device.type != "cpu"  # a CPU has nothing else to read with than what computes
         self._reader = ThreadPoolExecutor(1, "undiffuse-data")
@@ -159,23 +165,16 @@ class Trainer:
             yield self.update()
 
     def update(self) -> Update:
-        """One update. Raises :class:`Diverged` where the loss or the gradient is not finite (trap R8).
+        """One update. Raises :class:`Diverged` where the loss or the gradient is not finite (trap R8), unless the
+        recipe skips such updates.
 
         On accelerators that is found at the next call of :meth:`check`, so that no update waits for the device; until
-        then the optimiser does nothing.
+        then the optimiser does nothing. (A run that may skip does wait, since the next update depends on it.)
         """
         objective, training = self.recipe.objective, self.recipe.training
         size = training.batch_size
-        draws = draw(
-            self.seed, self.step, size, self.dataset.spec.shape, self.device, offset=objective.offset_noise > 0
-        )
-        mine = share(size, self.rank, self.world)
         x0, given = self._batch()
-        eps = draws.noise
-        if draws.offset is not None:
-            eps = offset_noise(eps, draws.offset, objective.offset_noise)
-        t, eps = objective.times(draws.times, self.denoiser.schedule)[mine], eps[mine]
-        cond = given and self.denoiser.conditions.drop(given, draws.drop[mine], objective.condition_dropout)
+        t, eps, cond = self.noised(self.step, given)
         lr = self.recipe.optimiser.rate(self.images, self.images + size, self.plan)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
@@ -206,28 +205,61 @@ class Trainer:
         self.optimiser.found_inf = (self._first_bad > 0).float()  # pyrefly: ignore
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        if self.device.type == "cpu":
+        skipped = training.nonfinite == "skip" and bool(self._first_bad)
+        if skipped:
+            self._skip()
+        elif self.device.type == "cpu":
             self.check()
         self.step += 1
-        self.ema.update(self.recipe.ema.decay(self.images, size))
-        self.loss_sum += total
-        self.loss_count += 1
-        if self.step == 1:
-            self._check_inputs_matter(x0, given)
-        return Update(self.step, self.images, total, norm, lr)
+        if not skipped:
+            self.skipped_in_row = 0
+            self.ema.update(self.recipe.ema.decay(self.images, size))
+            self.loss_sum += total
+            self.loss_count += 1
+            if self.step - self.skipped == 1:
+                self._check_inputs_matter(x0, given)
+        return Update(self.step, self.images, total, norm, lr, skipped)
+
+    def noised(self, step: int, given: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """``(t, eps, cond)`` of this device's share of the batch of update ``step`` (from 0): its times, its noise, and
+        of the ``given`` conditions those that are not dropped."""
+        objective, size = self.recipe.objective, self.recipe.training.batch_size
+        draws = draw(self.seed, step, size, self.dataset.spec.shape, self.device, offset=objective.offset_noise > 0)
+        mine = share(size, self.rank, self.world)
+        eps = draws.noise
+        if draws.offset is not None:
+            eps = offset_noise(eps, draws.offset, objective.offset_noise)
+        t = objective.times(draws.times, self.denoiser.schedule)[mine]
+        cond = given and self.denoiser.conditions.drop(given, draws.drop[mine], objective.condition_dropout)
+        return t, eps[mine], cond
+
+    @property
+    def diverged_at(self) -> int:
+        """The update whose loss or gradient was not finite and was not skipped; 0: none."""
+        return int(self._first_bad)
+
+    def _skip(self) -> None:
+        """Count an update that was not finite and forgive it, or raise :class:`Diverged` where the recipe's rule says
+        that these are too many. Both counts are part of the state: a resumed run decides alike."""
+        training = self.recipe.training
+        in_row, total = self.skipped_in_row + 1, self.skipped + 1
+        if in_row > training.skip_in_row or total > training.skip_in_row + training.skip_share * (self.step + 1):
+            self.check()
+        self.skipped_in_row, self.skipped = in_row, total
+        self._first_bad.zero_()
 
     def check(self) -> None:
         """Raise :class:`Diverged` if an update so far was not finite."""
-        step = int(self._first_bad)
-        if step:
+        if step := self.diverged_at:
+            before = f", {self.skipped} updates were skipped before it" if self.skipped else ""
             raise Diverged(
-                f"the loss or its gradient is not finite in update {step} (seed {self.seed}): lower optimiser.lr, "
-                "lengthen optimiser.warmup, or look for extreme values in the data"
+                f"the loss or its gradient is not finite in update {step} (seed {self.seed}{before}): lower "
+                "optimiser.lr, lengthen optimiser.warmup, or look for extreme values in the data"
             )
 
     def mean_loss(self) -> float:
-        """The mean loss since the last call; waits for the device."""
-        mean = float(self.loss_sum) / max(1, self.loss_count)
+        """The mean loss since the last call, NaN if every update since was skipped; waits for the device."""
+        mean = float(self.loss_sum) / self.loss_count if self.loss_count else float("nan")
         self.loss_sum = torch.zeros_like(self.loss_sum)
         self.loss_count = 0
         return mean
@@ -264,6 +296,8 @@ class Trainer:
             "plan": {"images": self.plan.images, "start": self.plan.start},
             "loss_sum": float(self.loss_sum),
             "loss_count": self.loss_count,
+            "skipped": self.skipped,
+            "skipped_in_row": self.skipped_in_row,
         }
         return Snapshot(tensors, numbers)
 
@@ -282,6 +316,8 @@ class Trainer:
             numbers = snapshot.numbers
             step, plan, count = int(numbers["step"]), Plan(**numbers["plan"]), int(numbers["loss_count"])
             loss_sum = torch.tensor(float(numbers["loss_sum"]), dtype=torch.float32, device=self.device)
+            # Checkpoints from before there was a rule to skip by have no such counts.
+            skipped = int(numbers.get("skipped", 0)), int(numbers.get("skipped_in_row", 0))
             given = {group: snapshot.tensors[group] for group in wanted}
         except (KeyError, TypeError) as error:
             raise UndiffuseError(f"{where}: not the whole state of a trainer ({error})") from None
@@ -295,23 +331,25 @@ class Trainer:
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
         self.step, self.plan, self.loss_sum, self.loss_count = step, plan, loss_sum, count
+        self.skipped, self.skipped_in_row = skipped
 
     # --- its parts ----------------------------------------------------------------------------------------------------
 
     def _batch(self) -> tuple[Tensor, dict[str, Tensor]]:
         """This device's share of the batch of this step; the next one is read while an accelerator computes."""
         if not self.reads_ahead:
-            return self._read(self.step)
+            return self.read(self.step)
         step, future = self._coming or (-1, None)
         if future is None or step != self.step:
-            future = self._reader.submit(self._read, self.step)
+            future = self._reader.submit(self.read, self.step)
         x0, cond = future.result()
-        self._coming = (self.step + 1, self._reader.submit(self._read, self.step + 1))
+        self._coming = (self.step + 1, self._reader.submit(self.read, self.step + 1))
         return x0.to(self.device, non_blocking=True), {
             name: values.to(self.device, non_blocking=True) for name, values in cond.items()
         }
 
-    def _read(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def read(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """This device's share of the batch of update ``step`` (from 0): data in model units, conditions; on the CPU."""
         size = self.recipe.training.batch_size
         indices = batch_indices(self.seed, step, size, len(self.dataset))
         x0, cond = self.dataset.batch(indices[share(size, self.rank, self.world)])
