@@ -14,9 +14,7 @@ T = TypeVar("T")
 
 
 class UndiffuseError(ValueError):
-    """A mistake in the input: the message names the file or option and the remedy. ``exit_code`` is the command's."""
-
-    exit_code = 2
+    """A mistake in the input: the message names the file or option and the remedy."""
 
     exit_code = 2
     """What the command line ends with."""

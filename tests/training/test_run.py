@@ -157,9 +157,9 @@ def test_after_a_crash_the_log_is_that_of_a_run_never_stopped(tmp_path: Path) ->
 
     def die(where: Progress) -> None:
         if where.step == 6:
-            raise MemoryError
+            raise ZeroDivisionError
 
-    with pytest.raises(MemoryError):
+    with pytest.raises(ZeroDivisionError):
         run(tmp_path / "r", small(checkpoint_every=5), progress=die)
     assert load_json(tmp_path / "r" / "status.json")["state"] == "failed"
     with (tmp_path / "r" / "metrics.jsonl").open("a") as file:
