@@ -74,13 +74,13 @@ def test_what_a_checkpoint_loses_is_found(group: str, stopped: Path, monkeypatch
 
 
 def test_what_leans_on_the_global_generator_is_found(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Trainer._read
+    read = Trainer.read
 
     def drawn(self: Trainer, step: int) -> Any:
         x0, cond = read(self, step)
         return x0 + 0.1 * torch.rand(()), cond
 
-    monkeypatch.setattr(Trainer, "_read", drawn)
+    monkeypatch.setattr(Trainer, "read", drawn)
     proof = prove_resume(stopped, points(), device="cpu")
     assert "loss" in proof.differences[0]
     assert not proof.repeatable
