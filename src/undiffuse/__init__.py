@@ -161,6 +161,13 @@ if TYPE_CHECKING:
     from .training import run_training as run_training
 
     # evaluation
+    from .evaluation.features import Extractor as Extractor
+    from .evaluation.features import Features as Features
+    from .evaluation.extraction import FEATURES as FEATURES
+    from .evaluation.extraction import extract as extract
+    from .evaluation.extraction import make_features as make_features
+    from .evaluation.extraction import reference_features as reference_features
+    from .evaluation.pretrained import clip_score as clip_score
     from .evaluation.statistics import Moments as Moments
     from .evaluation.frechet import frechet as frechet
     from .evaluation.kid import kid as kid

@@ -1,0 +1,167 @@
+"""The Inception of the FID against the same network written in another way, on random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from undiffuse import UndiffuseError, from_array
+from undiffuse.evaluation.extraction import FEATURES, extract
+from undiffuse.evaluation.inception import Inception, InceptionFID, load_inception
+
+SIZE = 107  # the least that leaves a few positions in the last block; the graph takes any
+
+
+def random_weights(classes: int = 1008) -> dict[str, Tensor]:
+    """Weights of a size at which no layer dies out, and batch norms that do something."""
+    source, found = torch.Generator().manual_seed(0), {}
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in InceptionFID().state_dict().items()}
+    for name, shape in shapes.items():
+        if name.endswith("num_batches_tracked"):
+            continue  # the published file is older than these
+        value = torch.randn(shape, generator=source)
+        if name.endswith("conv.weight"):
+            value = value * (2 / shape[1:].numel()) ** 0.5
+        elif name.endswith(("bn.weight", "running_var")):
+            value = 0.7 + value.abs() / 2
+        elif name.endswith(("bias", "running_mean")):
+            value = value / 10
+        else:
+            value = value / 45
+        found[name] = value[:classes] if name.startswith("fc.") else value
+    return found
+
+
+WEIGHTS = random_weights()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("inception") / "inception.safetensors"
+    save_file(WEIGHTS, path)
+    return path
+
+
+def by_hand(x: Tensor) -> dict[int, Tensor]:
+    """The graph as TensorFlow lists its operations, from names of tensors; pools and norms written out."""
+    w = {name: value.double() for name, value in WEIGHTS.items()}
+
+    def unit(name: str, x: Tensor, stride: int = 1, valid: bool = False) -> Tensor:
+        kernel = w[f"{name}.conv.weight"]
+        padding = (0, 0) if valid else (kernel.shape[2] // 2, kernel.shape[3] // 2)
+        x = F.conv2d(x, kernel, stride=stride, padding=padding)
+        mean, var, scale, bias = (
+            w[f"{name}.bn.{part}"].reshape(-1, 1, 1) for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return torch.relu((x - mean) * scale / torch.sqrt(var + 1e-3) + bias)
+
+    def mean3(x: Tensor) -> Tensor:
+        ones = torch.ones(x.shape[1], 1, 3, 3, dtype=x.dtype)
+        total = F.conv2d(x, ones, padding=1, groups=x.shape[1])
+        return total / F.conv2d(torch.ones_like(x), ones, padding=1, groups=x.shape[1])
+
+    def max3(x: Tensor, stride: int, padding: int) -> Tensor:
+        x = F.pad(x, (padding,) * 4, value=-torch.inf)
+        return x.unfold(2, 3, stride).unfold(3, 3, stride).amax((-1, -2))
+
+    def chain(block: str, x: Tensor, *names: str, stride: int = 1) -> Tensor:
+        for name in names:
+            last = name == names[-1]
+            x = unit(f"{block}.{name}", x, stride if last else 1, valid=last and stride == 2)
+        return x
+
+    found: dict[int, Tensor] = {}
+    x = unit("Conv2d_1a_3x3", x, 2, True)
+    x = unit("Conv2d_2b_3x3", unit("Conv2d_2a_3x3", x, 1, True))
+    x = max3(x, 2, 0)
+    found[64] = x.mean((2, 3))
+    x = max3(unit("Conv2d_4a_3x3", unit("Conv2d_3b_1x1", x), 1, True), 2, 0)
+    found[192] = x.mean((2, 3))
+    double = [f"branch3x3dbl_{i}" for i in (1, 2, 3)]
+    for block in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
+        one, five = chain(block, x, "branch1x1"), chain(block, x, "branch5x5_1", "branch5x5_2")
+        x = torch.cat([one, five, chain(block, x, *double), chain(block, mean3(x), "branch_pool")], 1)
+    a = chain("Mixed_6a", x, "branch3x3", stride=2)
+    x = torch.cat([a, chain("Mixed_6a", x, *double, stride=2), max3(x, 2, 0)], 1)
+    for block in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
+        seven = chain(block, x, *(f"branch7x7_{i}" for i in (1, 2, 3)))
+        long = chain(block, x, *(f"branch7x7dbl_{i}" for i in (1, 2, 3, 4, 5)))
+        x = torch.cat([chain(block, x, "branch1x1"), seven, long, chain(block, mean3(x), "branch_pool")], 1)
+    found[768] = x.mean((2, 3))
+    a = chain("Mixed_7a", x, "branch3x3_1", "branch3x3_2", stride=2)
+    b = chain("Mixed_7a", x, *(f"branch7x7x3_{i}" for i in (1, 2, 3, 4)), stride=2)
+    x = torch.cat([a, b, max3(x, 2, 0)], 1)
+    for block in ("Mixed_7b", "Mixed_7c"):
+        pooled = mean3(x) if block == "Mixed_7b" else max3(x, 1, 1)
+        three, twice = chain(block, x, "branch3x3_1"), chain(block, x, *double[:2])
+        parts = [chain(block, x, "branch1x1")]
+        parts += [chain(block, three, f"branch3x3_2{side}") for side in "ab"]
+        parts += [chain(block, twice, f"branch3x3dbl_3{side}") for side in "ab"]
+        x = torch.cat([*parts, chain(block, pooled, "branch_pool")], 1)
+    found[2048] = x.mean((2, 3))
+    found[1008] = found[2048] @ w["fc.weight"].T
+    return found
+
+
+@torch.inference_mode()
+def test_trap_V1_the_graph_is_that_of_the_fid(file: Path) -> None:
+    x = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
+    expected = by_hand(x)
+    assert {dim: value.shape[1] for dim, value in expected.items()} == {d: d for d in (64, 192, 768, 2048, 1008)}
+    for dim in (64, 192, 768, 2048):
+        network = load_inception(file, dim).double().eval()
+        features, logits = network(x)
+        spread = float(expected[dim].std())
+        assert 1e-3 < spread < 1e3
+        assert float((features - expected[dim]).abs().max()) < 1e-9 * spread
+        assert (logits is not None) == (dim == 2048)
+    assert torch.allclose(logits, expected[1008], atol=1e-9)
+
+
+def test_the_network_has_as_many_parameters_as_was_published() -> None:
+    """23,834,568 with 1,000 classes (torchvision without its second head; Keras counts 23,851,784, with 17,216 running
+    means and as many variances, and without 17,216 scales), and 8 classes of 2,049 more."""
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in InceptionFID().parameters())
+    assert count == 23_834_568 + 8 * 2049 == 23_851_784 - 17_216 + 8 * 2049
+
+
+def test_trap_V1_other_weights_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({**WEIGHTS, "fc.weight": WEIGHTS["fc.weight"][:1000].clone()}, path)
+    with pytest.raises(UndiffuseError, match=r"1,000 classes: these are not the weights of the FID.*torchvision"):
+        load_inception(path)
+    save_file({"fc.weight": WEIGHTS["fc.weight"]}, path)
+    with pytest.raises(UndiffuseError, match="weights of another architecture"):
+        load_inception(path)
+
+
+def test_LD2_pickles_are_refused_with_the_command_that_converts(tmp_path: Path) -> None:
+    with pytest.raises(UndiffuseError, match=r"never loaded here; convert it once: python -c .*weights_only=True"):
+        load_inception(tmp_path / "pt_inception-2015-12-05-6726825d.pth")
+    data = from_array(np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3))
+    with pytest.raises(UndiffuseError, match=r"inception needs its weights \(95 MB\): get https://"):
+        FEATURES["inception"].fit(data)
+    with pytest.raises(UndiffuseError, match="no such file"):
+        Inception(weights=str(tmp_path / "nothing.safetensors")).fit(data)
+
+
+def test_trap_V2_the_two_inceptions_are_two_metrics(file: Path) -> None:
+    values = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (1, 32, 32), dtype=np.uint8)
+    values[0, 0, :2] = 0, 255
+    data = from_array(np.repeat(values, 2, 0))
+    made = [Inception(resize, 64, str(file)).fit(data) for resize in ("tf1-bilinear", "pil-bicubic")]
+    found = [extract(features, values).features for features in made]
+    assert [features.name.split("/")[1] for features in made] == ["tf1-bilinear", "pil-bicubic"]
+    assert made[0].weights == made[1].weights
+    assert made[0].fingerprint != made[1].fingerprint
+    assert not torch.allclose(found[0], found[1], rtol=1e-3)
+    with pytest.raises(UndiffuseError, match="inception features come in 64, 192, 768, 2048, got 100"):
+        Inception(dim=100, weights=str(file)).fit(data)
