@@ -167,7 +167,7 @@ if TYPE_CHECKING:
     from .evaluation.extraction import extract as extract
     from .evaluation.extraction import make_features as make_features
     from .evaluation.extraction import reference_features as reference_features
-    from .evaluation.pretrained import clip_score as clip_score
+    from .evaluation.pretrained import text_features as text_features
     from .evaluation.statistics import Moments as Moments
     from .evaluation.frechet import frechet as frechet
     from .evaluation.kid import kid as kid

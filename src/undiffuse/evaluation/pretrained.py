@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import Dataset
@@ -140,13 +138,13 @@ class CLIP(Extractor):
         return Features(name, reference.spec, prepare, network, network.dim, 32, device, {"weights": self.weights})
 
 
-def clip_score(features: Features, values: np.ndarray, prompts: Sequence[str]) -> Tensor:
-    """``max(100 cos(image, prompt), 0)`` of each picture and its prompt, ``[N]`` (Hessel et al. 2021: 2.5).
+def text_features(features: Features, prompts: Sequence[str]) -> Tensor:
+    """The embeddings of ``prompts`` in the space of ``features``, which :class:`CLIP` made: float32 ``[N, dim]``.
 
-    ``features`` from :class:`CLIP`, ``values`` in the units of its data.
+    With ``extract(features, pictures)`` they are the two sides of the CLIP score.
     """
     if not isinstance(features.network, CLIPNetwork):
-        raise UndiffuseError(f"a CLIP score needs features of CLIP, these are {features.name}")
-    if len(values) != len(prompts) or not prompts:
-        raise UndiffuseError(f"{len(values)} pictures and {len(prompts)} prompts: give one prompt a picture")
-    return (100 * F.cosine_similarity(features(values), features.network.text(prompts))).clamp(min=0)
+        raise UndiffuseError(f"prompts need the features clip, these are {features.name}")
+    if isinstance(prompts, str) or not prompts:
+        raise UndiffuseError("prompts must be a list of one text or more")
+    return features.network.text(prompts)
