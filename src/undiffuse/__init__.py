@@ -140,7 +140,10 @@ if TYPE_CHECKING:
     # networks
     from .networks import NETWORKS as NETWORKS
     from .networks import MLP as MLP
+    from .networks import AttentionMap as AttentionMap
+    from .networks import DiT as DiT
     from .networks import UNet as UNet
+    from .networks import attention_maps as attention_maps
 
     # data
     from .data import DATASETS as DATASETS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from undiffuse.errors import UndiffuseError
-from undiffuse.networks import MLP, NETWORKS, SIZES, UNet, build, describe, sized
+from undiffuse.networks import NETWORKS, SIZES, Network, UNet, build, describe, sized
 from undiffuse.networks.layers import film_norm, fold, sinusoid, unfold
 
 SHAPES = [[1, 8, 8], [1, 28, 28], [3, 32, 32], [3, 64, 64], [1, 100], [2], [1, 9, 9, 9], [5, 7, 13]]
@@ -22,15 +23,17 @@ ODD = [[2], [1], [1, 1], [3, 13], [1, 1, 1], [2, 1, 7], [1, 5, 6], [3, 9, 4], [1
 # One small conditional configuration for every registry entry: a new network is enrolled by adding its line here.
 EXAMPLES: dict[str, tuple[list[int], dict[str, Any]]] = {
     "unet": ([2, 6, 5], {"in_channels": 2, "widths": [8, 16], "blocks": [1, 1], "attention": [1], "embedding": 32}),
+    "dit": ([2, 6, 5], {"in_channels": 2, "widths": [24], "blocks": [2], "head_width": 8, "embedding": 32}),
     "mlp": ([3], {"in_channels": 3, "width": 16, "blocks": 2, "embedding": 32}),
 }
+FAMILIES = [name for name in NETWORKS if name != "mlp"]  # those for data with spatial dimensions
 
 
 def random(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def seeded(name: str, config: dict[str, Any]) -> UNet | MLP:
+def seeded(name: str, config: dict[str, Any]) -> Network:
     """The network with all weights drawn anew, those that start at 0 too."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -47,9 +50,12 @@ def test_every_registry_entry_has_an_example():
 
 
 @pytest.mark.parametrize("shape", ODD, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("extra", [0, 5])
-def test_any_size_gives_its_own_shape_and_gradients(shape: list[int], extra: int):
-    name, config = sized(shape, "tiny", condition_width=4, out_channels=shape[0] + extra)
+def test_any_size_gives_its_own_shape_and_gradients(shape: list[int], family: str, extra: int):
+    if len(shape) == 1 and family != "unet":
+        pytest.skip("points have one family")
+    name, config = sized(shape, "tiny", 4, shape[0] + extra, family if len(shape) > 1 else None)
     network = seeded(name, config)
     y = network(random(2, *shape), torch.tensor([3.0, 700.0]), random(2, 4))
     assert y.shape == (2, shape[0] + extra, *shape[1:])
@@ -82,9 +88,12 @@ def test_fold_pads_inside_and_crops_outside(rank: int, factor: int):
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_unfold_inverts_fold_and_agrees_with_torch(rank: int):
     x = random(2, 3, *[4, 6, 8][:rank])
-    folded = fold(x, 2)
+    folded = fold(x, [2] * rank)
     assert folded.shape == (2, 3 * 2**rank, *[2, 3, 4][:rank])
-    assert torch.equal(unfold(folded, 2), x)
+    assert torch.equal(unfold(folded, [2] * rank), x)
+    uneven = [4, 1, 2][:rank]
+    assert fold(x, uneven).shape == (2, 3 * math.prod(uneven), *[1, 6, 4][:rank])
+    assert torch.equal(unfold(fold(x, uneven), uneven), x)
     if rank == 2:
         assert torch.equal(folded, torch.nn.functional.pixel_unshuffle(x, 2))
 
@@ -135,7 +144,7 @@ def test_trap_O5_output_depends_on_label_and_condition_after_one_optimiser_step(
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trap_P1_embeddings_of_all_integer_labels_are_distinct(name: str, dtype: torch.dtype):
-    network = seeded(name, EXAMPLES[name][1]).to(dtype)
+    network: Any = seeded(name, EXAMPLES[name][1]).to(dtype)
     label = torch.arange(1000, dtype=torch.float32)
     with torch.no_grad():
         assert len(network.embedding(label, None).float().unique(dim=0)) == 1000
@@ -205,6 +214,26 @@ FULL: dict[str, dict[str, Any]] = {
         "embedding": 24,
         "condition_width": 3,
         "fold": 2,
+        "dropout": 0.25,
+        "token_width": 5,
+    },
+    "dit": {
+        "in_channels": 2,
+        "out_channels": 5,
+        "rank": 3,
+        "patch": [1, 2, 2],
+        "widths": [12, 24],
+        "blocks": [2, 1],
+        "head_width": 12,
+        "mlp": 2.0,
+        "embedding": 24,
+        "condition_width": 3,
+        "token_width": 5,
+        "token_attention": "cross",
+        "positions": "sincos",
+        "qk_norm": False,
+        "skips": True,
+        "factorised": True,
         "dropout": 0.25,
     },
     "mlp": {
@@ -316,9 +345,26 @@ def test_names_of_weights_are_those_that_files_hold():
     assert all(tensor.is_contiguous() for tensor in network.state_dict().values())  # as safetensors wants them
 
 
-def test_dropout_acts_in_training_only():
-    shape, config = EXAMPLES["unet"]
-    network = seeded("unet", {**config, "dropout": 0.5})
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_compiler_sees_one_graph(name: str):
+    """No branch of the forward pass depends on numbers: ``fullgraph`` refuses any."""
+    shape, config = EXAMPLES[name]
+    takes = {"condition_width": 6} | ({} if name == "mlp" else {"token_width": 5})
+    network = seeded(name, {**config, **takes})
+    inputs = {"vector": random(2, 6)}
+    if name != "mlp":
+        inputs |= {"tokens": random(2, 3, 5), "mask": torch.tensor([[True, True, False], [False] * 3])}
+    x, label = random(2, *shape), torch.tensor([4.0, 40.0])
+    with torch.no_grad():
+        compiled = torch.compile(network, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x, label, **inputs), network(x, label, **inputs))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_dropout_acts_in_training_only(name: str):
+    shape, config = EXAMPLES[name]
+    network = seeded(name, {**config, "dropout": 0.5})
     x, label = random(2, *shape), torch.tensor([4.0, 40.0])
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -368,17 +414,28 @@ def test_unknown_names_are_refused_with_a_suggestion():
         build("unet", {})
     with pytest.raises(UndiffuseError, match="did you mean 'small'"):
         sized([1, 8, 8], "smal")
+    with pytest.raises(UndiffuseError, match="unknown network family 'ditt': did you mean 'dit'"):
+        sized([1, 8, 8], family="ditt")
+    with pytest.raises(UndiffuseError, match="mlp does not take data of shape"):
+        sized([1, 8, 8], family="mlp")
+    with pytest.raises(UndiffuseError, match="did you mean 'DiT-XL/2'"):
+        sized([1, 8, 8], "DiT-XXL/2", family="dit")
     for shape in ([], [1, 2, 3, 4, 5], [1, 0, 4]):
         with pytest.raises(UndiffuseError, match="no network takes"):
             sized(shape)
 
 
+@pytest.mark.parametrize("family", [None, *FAMILIES])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_size_dial_grows(shape: list[int]):
+def test_size_dial_grows(shape: list[int], family: str | None):
+    if len(shape) == 1 and family:
+        with pytest.raises(UndiffuseError, match="choose from mlp"):
+            sized(shape, family=family)
+        return
     costs = []
     for size in SIZES:
-        name, config = sized(shape, size, condition_width=3, out_channels=2 * shape[0])
-        assert name == ("mlp" if len(shape) == 1 else "unet")
+        name, config = sized(shape, size, 3, 2 * shape[0], family)
+        assert name == (family or ("mlp" if len(shape) == 1 else "unet"))
         assert json.loads(json.dumps(config)) == config
         with torch.device("meta"):
             network = build(name, config)

@@ -60,6 +60,18 @@ def test_law_8_an_unknown_name_suggests_the_nearest() -> None:
         make_recipe("tiny", spec, 10, "smal").cost(spec)
 
 
+def test_the_family_of_networks_is_chosen_by_name() -> None:
+    spec = dataset_of("digit").spec
+    made = override(make_recipe("tiny", spec, 6), ["model.family=dit"], REGISTRIES)
+    assert made.model.config(spec).network == "dit"
+    assert from_json(Recipe, json.loads(json.dumps(to_json(made, REGISTRIES))), registries=REGISTRIES) == made
+    paper = override(made, ["model.size=DiT-S/8"], REGISTRIES).model.config(spec)
+    assert (paper.network_config["widths"], paper.network_config["patch"]) == ([384], 8)
+    for setting, message in (("family=ditt", "did you mean 'dit'"), ("family=mlp", "choose from unet, dit")):
+        with pytest.raises(UndiffuseError, match=message):
+            override(made, [f"model.{setting}"], REGISTRIES).check(spec)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

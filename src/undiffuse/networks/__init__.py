@@ -1,8 +1,9 @@
 """Networks: what is trained.
 
-Each is called ``network(x, label, vector)``: the noisy data ``[B, C, *spatial]``, its noise level as a number ``[B]``,
-and the embedded condition ``[B, E]`` or None. It answers with ``[B, out_channels, *spatial]`` and knows nothing of
-schedules or of what its answer means. ``NETWORKS[name](**network.config)`` builds the same architecture again.
+Each is called ``network(x, label, vector, tokens, mask)``: the noisy data ``[B, C, *spatial]``, its noise level as a
+number ``[B]``, the embedded condition ``[B, E]`` or None, and a condition in parts, ``[B, T, D]`` or None, with a mask
+``[B, T]`` of those that are there. It answers with ``[B, out_channels, *spatial]`` and knows nothing of schedules or of
+what its answer means. ``NETWORKS[name](**network.config)`` builds the same architecture again.
 """
 
 from __future__ import annotations
@@ -17,15 +18,34 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UndiffuseError, choose, unknown
+from .dit import DIT, DiT, dit
+from .layers import Network
+from .maps import AttentionMap, attention_maps
 from .mlp import MLP
 from .unet import UNet
 
-__all__ = ["MLP", "NETWORKS", "SIZES", "Cost", "Size", "UNet", "build", "describe", "sized"]
+__all__ = [
+    "DIT",
+    "MLP",
+    "NETWORKS",
+    "SIZES",
+    "AttentionMap",
+    "Cost",
+    "DiT",
+    "Network",
+    "Size",
+    "UNet",
+    "attention_maps",
+    "build",
+    "describe",
+    "dit",
+    "sized",
+]
 
-NETWORKS: dict[str, type[UNet] | type[MLP]] = {"unet": UNet, "mlp": MLP}
+NETWORKS: dict[str, type[Network]] = {"unet": UNet, "dit": DiT, "mlp": MLP}
 
 
-def build(name: str, config: Mapping[str, Any]) -> UNet | MLP:
+def build(name: str, config: Mapping[str, Any]) -> Network:
     """``NETWORKS[name](**config)`` with an error that suggests the nearest name for an unknown network or option.
 
     >>> build("mlp", {"in_channels": 2, "widht": 64})
@@ -47,23 +67,27 @@ class Size:
     """One position of the size dial.
 
     The levels of a U-Net get ``widths`` channels and ``blocks`` residual blocks, the last entry serving for all further
-    levels; the data is folded until no more than ``positions`` pixels are left at the first level. An MLP gets
-    ``mlp_blocks`` layers of ``mlp_width``.
+    levels; the data is folded until no more than ``positions`` pixels are left at the first level. A DiT gets
+    ``dit_blocks`` blocks of ``dit_width``, and patches so large that no more than ``dit_patches`` cover the data. An
+    MLP gets ``mlp_blocks`` layers of ``mlp_width``.
     """
 
     widths: tuple[int, ...]
     blocks: tuple[int, ...]
     embedding: int
     positions: int
+    dit_width: int
+    dit_blocks: int
+    dit_patches: int
     mlp_width: int
     mlp_blocks: int
 
 
 SIZES: dict[str, Size] = {
-    "tiny": Size((16, 16), (1,), 64, 64, 32, 2),
-    "small": Size((64, 112), (3, 1), 128, 256, 128, 4),
-    "base": Size((128, 192, 256), (2,), 512, 1024, 256, 6),
-    "large": Size((192, 384, 576), (3,), 768, 4096, 512, 8),
+    "tiny": Size((16, 16), (1,), 64, 64, 32, 2, 64, 32, 2),
+    "small": Size((64, 112), (3, 1), 128, 256, 96, 6, 256, 128, 4),
+    "base": Size((128, 192, 256), (2,), 512, 1024, 256, 8, 256, 256, 6),
+    "large": Size((192, 384, 576), (3,), 768, 4096, 512, 12, 512, 512, 8),
 }
 
 FOLDED_PER_WIDTH = 4  # with more channels folded, the first and last convolution would outweigh all the others
@@ -76,33 +100,73 @@ def repeated(values: tuple[int, ...], length: int) -> list[int]:
 
 
 def sized(
-    shape: Sequence[int], size: str = "small", condition_width: int = 0, out_channels: int | None = None
+    shape: Sequence[int],
+    size: str = "small",
+    condition_width: int = 0,
+    out_channels: int | None = None,
+    family: str | None = None,
+    token_width: int = 0,
 ) -> tuple[str, dict[str, Any]]:
     """The network for data of one shape, as ``(name, config)``: the one size dial.
 
     Args:
-        shape: of one sample, without the batch: ``[D]`` is a point (MLP), ``[C, *spatial]`` with 1 to 3 spatial
-            dimensions is a U-Net.
-        size: ``tiny`` (tests), ``small`` (laptop), ``base`` or ``large``.
-        condition_width: width of the condition vector, 0 for an unconditional network.
+        shape: of one sample, without the batch: ``[D]`` is a point, ``[C, *spatial]`` has 1 to 3 spatial dimensions.
+        size: ``tiny`` (tests), ``small`` (laptop), ``base`` or ``large``; for a DiT also a size of the paper,
+            ``DiT-B/2``.
+        condition_width: width of the condition vector, 0 for a network that takes none.
         out_channels: channels of the output, those of the data unless given.
+        family: a name in ``NETWORKS``; None for an MLP for points and a U-Net for the rest.
+        token_width: width of the condition's tokens, 0 for a network that takes none.
 
     Raises:
-        UndiffuseError: an unknown size, or a shape that no network takes.
+        UndiffuseError: an unknown size or family, or a shape that the network does not take.
     """
-    dial = choose("model size", size, SIZES)
     if not 1 <= len(shape) <= 4 or any(n < 1 for n in shape):
         raise UndiffuseError(f"no network takes data of shape {list(shape)}: give [D] or [C, 1 to 3 spatial sizes]")
     channels, *spatial = shape
+    family = family or ("unet" if spatial else "mlp")
+    choose("network family", family, NETWORKS)
+    if bool(spatial) == (family == "mlp"):
+        fitting = ", ".join(name for name in NETWORKS if (name == "mlp") != bool(spatial))
+        raise UndiffuseError(f"network {family} does not take data of shape {list(shape)}: choose from {fitting}")
     common: dict[str, Any] = {
         "in_channels": channels,
         "out_channels": channels if out_channels is None else out_channels,
-        "embedding": dial.embedding,
         "condition_width": condition_width,
         "dropout": 0.0,
     }
-    if not spatial:
-        return "mlp", {**common, "width": dial.mlp_width, "blocks": dial.mlp_blocks, "octaves": 4}
+    if family == "mlp":
+        if token_width:
+            raise UndiffuseError("points take no tokens: condition them on classes or a vector")
+        return family, common | mlp_for(choose("model size", size, SIZES))
+    common |= {"rank": len(spatial), "token_width": token_width}
+    if family != "dit":
+        return family, common | unet_for(channels, spatial, choose("model size", size, SIZES))
+    sizes = {**{name: dit_for(spatial, dial) for name, dial in SIZES.items()}, **DIT}
+    return family, {**common, "token_attention": "cross", **choose("model size", size, sizes)}
+
+
+def mlp_for(dial: Size) -> dict[str, Any]:
+    """Options of an :class:`MLP`."""
+    return {"embedding": dial.embedding, "width": dial.mlp_width, "blocks": dial.mlp_blocks, "octaves": 4}
+
+
+def dit_for(spatial: Sequence[int], dial: Size) -> dict[str, Any]:
+    """Options of a :class:`DiT` for data of this size."""
+    patch = 1
+    while math.prod(math.ceil(n / patch) for n in spatial) > dial.dit_patches:
+        patch *= 2
+    return {
+        "patch": patch,
+        "widths": [dial.dit_width],
+        "blocks": [dial.dit_blocks],
+        "head_width": min(64, dial.dit_width // 2),
+        "embedding": dial.dit_width,
+    }
+
+
+def unet_for(channels: int, spatial: Sequence[int], dial: Size) -> dict[str, Any]:
+    """Options of a :class:`UNet` for data of this size."""
     rank = len(spatial)
     fold = 1
     while (
@@ -118,9 +182,8 @@ def sized(
     levels = 1
     while (levels < len(dial.widths) and positions(levels - 1) > 1) or positions(levels - 1) > LOWEST_POSITIONS:
         levels += 1
-    return "unet", {
-        **common,
-        "rank": rank,
+    return {
+        "embedding": dial.embedding,
         "widths": repeated(dial.widths, levels),
         "blocks": repeated(dial.blocks, levels),
         "attention": [levels - 1],
@@ -140,7 +203,10 @@ class Cost:
         return f"{self.parameters / 1e6:.2f} M parameters, {self.flops / 1e9:.3f} GFLOP per forward pass"
 
 
-def describe(network: UNet | MLP, shape: Sequence[int]) -> Cost:
+TOKENS = 32  # with so many tokens a network that takes them is described
+
+
+def describe(network: Network, shape: Sequence[int]) -> Cost:
     """Parameters and FLOPs of ``network`` for one sample of ``shape``; nothing is computed and no weight is touched.
 
     FLOPs are those of matrix products, convolutions and attention; norms and activations are not counted.
@@ -148,8 +214,8 @@ def describe(network: UNet | MLP, shape: Sequence[int]) -> Cost:
     with torch.device("meta"):
         # A copy of shapes only; counting on meta tensors costs no arithmetic.
         twin = type(network)(**network.config)  # pyrefly: ignore
-        label = torch.zeros(1)
         vector = torch.zeros(1, twin.condition_width) if twin.condition_width else None
+        tokens = torch.zeros(1, TOKENS, twin.token_width) if twin.token_width else None
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            twin(torch.zeros(1, *shape), label, vector)
+            twin(torch.zeros(1, *shape), torch.zeros(1), vector, tokens)
     return Cost(sum(p.numel() for p in network.parameters()), counter.get_total_flops())

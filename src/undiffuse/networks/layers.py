@@ -1,20 +1,122 @@
-"""The blocks that every network is made of.
+"""What every network is, and the blocks that they are made of.
 
-Besides ``x`` a network is told two things: how noisy ``x`` is (``label``), and what is asked for (``vector``). Both
-become one *embedding* ``[B, E]`` (:class:`Embedding`), which reaches every block as FiLM: a scale and a shift for each
-channel (Perez et al. 2018, "FiLM: visual reasoning with a general conditioning layer"). The blocks work in any rank:
-``[B, C]``, ``[B, C, L]``, ``[B, C, H, W]``, ``[B, C, D, H, W]``.
+Besides ``x`` a network is told how noisy ``x`` is (``label``), and what is asked for: as one vector (``vector``), as
+a row of vectors (``tokens``, such as the words of a text), or both. All but the row itself become one *embedding*
+``[B, E]`` (:class:`Embedding`), which reaches every block as FiLM: a scale and a shift for each channel (Perez et al.
+2018, "FiLM: visual reasoning with a general conditioning layer"). The row is looked at by attention
+(:class:`TokenAttention`). The blocks work in any rank: ``[B, C]``, ``[B, C, L]``, ``[B, C, H, W]``,
+``[B, C, D, H, W]``.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UndiffuseError
+
+
+class Network(nn.Module, ABC):
+    """Abstract: what is trained, ``network(x, label, vector, tokens, mask) -> y``.
+
+    Attributes:
+        config: the constructor's arguments, as JSON has them.
+        in_channels, out_channels: of ``x`` and ``y``.
+        rank: spatial dimensions of ``x``, 0 for points.
+        condition_width: numbers in ``vector``, 0 for a network that takes none.
+        token_width: numbers in a token, 0 for a network that takes none.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int | None, rank: int, condition_width: int, token_width: int
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, object] = {}
+        self.in_channels = in_channels
+        self.out_channels = in_channels if out_channels is None else out_channels
+        self.rank = rank
+        self.condition_width = condition_width
+        self.token_width = token_width
+        check_sizes(in_channels=in_channels, out_channels=self.out_channels)
+        for name, width in (("condition_width", condition_width), ("token_width", token_width)):
+            if width:
+                check_sizes(**{name: width})
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,
+        label: Tensor,
+        vector: Tensor | None = None,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The network's answer, in the dtype of its weights.
+
+        Args:
+            x: ``[B, in_channels, *spatial]``, any size from 1 pixel up.
+            label: ``[B]`` float32, the noise level as a number on a scale about a thousand wide.
+            vector: ``[B, condition_width]``, the embedded condition; None exactly if ``condition_width`` is 0.
+            tokens: ``[B, T, token_width]``, a condition of up to T parts; None exactly if ``token_width`` is 0.
+            mask: ``[B, T]`` bool, True for the tokens that are there; None for all. What stands in the others (even
+                NaN) changes nothing. A sample may have none at all.
+
+        Returns:
+            ``[B, out_channels, *spatial]``.
+
+        Raises:
+            UndiffuseError: shapes that do not fit, or a condition where there should be none, or the reverse.
+        """
+
+    def check(
+        self, x: Tensor, label: Tensor, vector: Tensor | None, tokens: Tensor | None, mask: Tensor | None
+    ) -> Tensor | None:
+        """The tokens with those that are not there set to 0, or an error that says what does not fit."""
+        batch = len(x)
+        if x.ndim != self.rank + 2 or x.shape[1] != self.in_channels:
+            wanted = ", ".join(["B", str(self.in_channels), *["size"] * self.rank])
+            raise UndiffuseError(f"x has shape {list(x.shape)}, but this network takes [{wanted}]")
+        if label.shape != x.shape[:1]:
+            raise UndiffuseError(
+                f"label has shape {list(label.shape)}, but it must be [{batch}]: one number a sample of x"
+            )
+        for name, given, width, shape in (
+            ("vector", vector, self.condition_width, (self.condition_width,)),
+            ("tokens", tokens, self.token_width, ("T", self.token_width)),
+        ):
+            wanted = f"[{batch}, {', '.join(map(str, shape))}]"
+            if given is None and width:
+                raise UndiffuseError(f"this network is conditional: pass {name} of shape {wanted}")
+            if given is None:
+                continue
+            if not width:
+                option = "condition_width" if name == "vector" else "token_width"
+                raise UndiffuseError(f"this network is unconditional ({option}=0), but {name} was passed")
+            if given.ndim != len(shape) + 1 or len(given) != batch or given.shape[-1] != width:
+                raise UndiffuseError(f"{name} has shape {list(given.shape)}, but it must be {wanted}")
+        if mask is None:
+            return tokens
+        if tokens is None:
+            raise UndiffuseError("mask was passed without the tokens that it belongs to")
+        if mask.shape != tokens.shape[:2] or mask.dtype != torch.bool:
+            raise UndiffuseError(
+                f"mask is {mask.dtype} of shape {list(mask.shape)}, but it must be bool {list(tokens.shape[:2])}, "
+                "True for the tokens that are there"
+            )
+        return tokens.masked_fill(~mask[..., None], 0)  # 0 times NaN would be NaN
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise :class:`UndiffuseError` for the first named constructor argument that is no whole number >= 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UndiffuseError(f"{name}={size!r} must be a whole number of at least 1")
+
 
 CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
@@ -63,26 +165,40 @@ def sinusoid(label: Tensor, width: int, longest: float = 10_000.0) -> Tensor:
 
 
 class Embedding(nn.Module):
-    """``silu(W2 silu(W1 sinusoid(label)) + V vector)``: what every FiLM reads, ``[B, width]``.
+    """``silu(W2 silu(W1 sinusoid(label)) + V vector + U mean(tokens))``: what every FiLM reads, ``[B, width]``.
 
-    The sinusoid is computed in float32 whatever the dtype of the weights.
+    The sinusoid is computed in float32 whatever the dtype of the weights. The mean over the tokens that are there, 0 if
+    there are none, says early in training what attention to each of them learns later.
     """
 
-    def __init__(self, width: int, condition_width: int) -> None:
+    def __init__(
+        self, width: int, condition_width: int, token_width: int = 0, waves: int = 0, longest: float = 10_000.0
+    ) -> None:
         super().__init__()
-        self.waves = max(64, width // 4)
-        self.condition_width = condition_width
+        self.waves = waves or max(64, width // 4)
+        self.longest = longest
         self.first = nn.Linear(self.waves, width)
         self.second = nn.Linear(width, width)
         self.condition = nn.Linear(condition_width, width) if condition_width else None
+        self.pooled = nn.Linear(token_width, width) if token_width else None
 
-    def forward(self, label: Tensor, vector: Tensor | None) -> Tensor:
-        """``label`` is ``[B]``, ``vector`` is ``[B, condition_width]`` or None where ``condition_width`` is 0."""
-        waves = sinusoid(label, self.waves)
-        embedding = self.second(F.silu(self.first(waves.to(self.first.weight.dtype))))
+    def forward(
+        self, label: Tensor, vector: Tensor | None, tokens: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """``label`` is ``[B]``; ``vector``, ``tokens`` and ``mask`` are as :meth:`Network.check` left them."""
+        dtype = self.first.weight.dtype
+        embedding = self.second(F.silu(self.first(sinusoid(label, self.waves, self.longest).to(dtype))))
         if self.condition is not None and vector is not None:
-            embedding = embedding + self.condition(vector.to(self.condition.weight.dtype))
+            embedding = embedding + self.condition(vector.to(dtype))
+        if self.pooled is not None and tokens is not None:
+            embedding = embedding + self.pooled(mean_token(tokens, mask).to(dtype))
         return F.silu(embedding)
+
+
+def mean_token(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """``[B, T, D] -> [B, D]``: the mean of the tokens that are there, 0 where none is; the others are 0 already."""
+    total = tokens.sum(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+    return total / max(1, tokens.shape[1]) if mask is None else total / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def film_norm(x: Tensor, groups: int, scale: Tensor, shift: Tensor, eps: float = 1e-5) -> Tensor:
@@ -142,7 +258,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, head_width: int) -> None:
         super().__init__()
-        self.heads = math.gcd(channels, max(1, channels // head_width))
+        self.heads = heads_of(channels, head_width)
         self.norm = nn.GroupNorm(groups_of(channels), channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
@@ -157,48 +273,118 @@ class SelfAttention(nn.Module):
         return x + self.out(y).transpose(1, 2).reshape(x.shape)
 
 
-def fold(x: Tensor, factor: int) -> Tensor:
-    """Move ``factor`` neighbours along each dimension into channels: ``[B, C, *s] -> [B, C * f^rank, *(s / f)]``.
+class Attend(nn.Module):
+    """``softmax(q k^T / sqrt(d)) v``, where the keys of tokens that are not there get no weight at all.
 
-    Pixel-unshuffle (Shi et al. 2016) in any rank; every size must be a multiple of ``factor``.
+    It has no weights; it is a module so that :func:`undiffuse.networks.attention_maps` can look on.
+    """
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, first: int, tokens: int, mask: Tensor | None, grid: Sequence[int]
+    ) -> Tensor:
+        """Attention over T' keys, of which ``first`` to ``first + tokens`` belong to tokens.
+
+        Args:
+            q: ``[B, heads, Q, d]``; the last queries are those of the positions.
+            k, v: ``[B, heads, T', d]``.
+            first, tokens: where the tokens stand, and how many they are.
+            mask: ``[B, tokens]`` bool, as in :class:`Network`.
+            grid: how the positions lie in space.
+        """
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask(k, first, mask))
+
+
+def key_mask(k: Tensor, first: int, mask: Tensor | None) -> Tensor | None:
+    """``[B, 1, 1, T']``: True for every key of ``k [B, heads, T', d]`` but those of tokens that are not there."""
+    if mask is None:
+        return None
+    return F.pad(mask, (first, k.shape[2] - first - mask.shape[1]), value=True)[:, None, None]
+
+
+class TokenAttention(nn.Module):
+    """``W attention(h, tokens)``, every position looking at all tokens that are there; ``W`` starts at 0.
+
+    One learned token of nothing stands before the given ones: a position need not look at any of them, and may even be
+    given none.
+    """
+
+    def __init__(self, width: int, token_width: int, head_width: int) -> None:
+        super().__init__()
+        self.heads = heads_of(width, head_width)
+        self.query = nn.Linear(width, width)
+        self.keys_values = nn.Linear(token_width, 2 * width)
+        self.nothing = nn.Parameter(torch.randn(2 * width) * token_width**-0.5)
+        self.attend = Attend()
+        self.out = zeroed(nn.Linear(width, width))
+
+    def forward(self, h: Tensor, tokens: Tensor, mask: Tensor | None, grid: Sequence[int]) -> Tensor:
+        """``h`` is ``[B, N, width]``, its positions lying on ``grid``; tokens and mask are as in :class:`Network`."""
+        q = split_heads(self.query(h), self.heads)
+        given = self.keys_values(tokens.to(self.nothing.dtype))
+        both = torch.cat([self.nothing.to(given.dtype).expand(len(h), 1, -1), given], dim=1)
+        k, v = (split_heads(each, self.heads) for each in both.chunk(2, dim=-1))
+        return self.out(join_heads(self.attend(q, k, v, 1, tokens.shape[1], mask, grid)))
+
+
+def heads_of(width: int, head_width: int) -> int:
+    """The number of heads that are about ``head_width`` wide and divide ``width``."""
+    return math.gcd(width, max(1, width // head_width))
+
+
+def split_heads(h: Tensor, heads: int) -> Tensor:
+    """``[B, N, heads * d] -> [B, heads, N, d]``."""
+    return h.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(h: Tensor) -> Tensor:
+    """The inverse of :func:`split_heads`."""
+    return h.transpose(1, 2).flatten(2)
+
+
+class CrossAttention(nn.Module):
+    """``x + W attention(norm(x), tokens)`` for a convolutional network; ``W`` starts at 0."""
+
+    def __init__(self, channels: int, token_width: int, head_width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups_of(channels), channels)
+        self.look = TokenAttention(channels, token_width, head_width)
+
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """``[B, C, *spatial] -> [B, C, *spatial]``."""
+        h = self.norm(x).flatten(2).transpose(1, 2)
+        return x + self.look(h, tokens, mask, x.shape[2:]).transpose(1, 2).reshape(x.shape)
+
+
+def padded(x: Tensor, multiples: Sequence[int]) -> Tensor:
+    """``x [B, C, *spatial]`` with its last entries repeated until each size is a multiple of its number."""
+    missing = [-size % multiple for size, multiple in zip(x.shape[2:], multiples, strict=True)]
+    if not any(missing):
+        return x
+    # F.pad counts from the last dimension, and pads the end only.
+    return F.pad(x, [n for pad in reversed(missing) for n in (0, pad)], mode="replicate")
+
+
+def cropped(y: Tensor, size: Sequence[int]) -> Tensor:
+    """The first ``size`` entries of ``y [B, C, *spatial]``: takes back what :func:`padded` added."""
+    return y[(..., *(slice(0, length) for length in size))]
+
+
+def fold(x: Tensor, factors: Sequence[int]) -> Tensor:
+    """Move neighbours into channels, ``factors`` of them along each dimension: ``[B, C, *s] -> [B, C * F, *(s / f)]``.
+
+    Pixel-unshuffle (Shi et al. 2016) in any rank; every size must be a multiple of its factor. F is their product.
     """
     batch, channels, *spatial = x.shape
     rank = len(spatial)
-    x = x.reshape(batch, channels, *(n for size in spatial for n in (size // factor, factor)))
+    x = x.reshape(batch, channels, *(n for size, f in zip(spatial, factors, strict=True) for n in (size // f, f)))
     order = [0, 1, *range(3, 3 + 2 * rank, 2), *range(2, 2 + 2 * rank, 2)]
-    return x.permute(order).reshape(batch, channels * factor**rank, *(size // factor for size in spatial))
+    return x.permute(order).flatten(1, 1 + rank)
 
 
-def unfold(x: Tensor, factor: int) -> Tensor:
-    """The inverse of :func:`fold`: ``[B, C * f^rank, *s] -> [B, C, *(s * f)]``."""
+def unfold(x: Tensor, factors: Sequence[int]) -> Tensor:
+    """The inverse of :func:`fold`: ``[B, C * F, *s] -> [B, C, *(s * f)]``."""
     batch, channels, *spatial = x.shape
     rank = len(spatial)
-    x = x.reshape(batch, channels // factor**rank, *[factor] * rank, *spatial)
+    x = x.reshape(batch, channels // math.prod(factors), *factors, *spatial)
     order = [0, 1, *(axis for i in range(rank) for axis in (2 + rank + i, 2 + i))]
-    return x.permute(order).reshape(batch, channels // factor**rank, *(size * factor for size in spatial))
-
-
-def check_inputs(
-    x: Tensor, label: Tensor, vector: Tensor | None, channels: int, rank: int, condition_width: int
-) -> None:
-    """Raise :class:`UndiffuseError` unless the three inputs fit each other and the network."""
-    if x.ndim != rank + 2 or x.shape[1] != channels:
-        wanted = ", ".join(["B", str(channels), *["size"] * rank])
-        raise UndiffuseError(f"x has shape {list(x.shape)}, but this network takes [{wanted}]")
-    if label.shape != x.shape[:1]:
-        raise UndiffuseError(
-            f"label has shape {list(label.shape)}, but it must be [{len(x)}]: one number a sample of x"
-        )
-    if vector is None and condition_width:
-        raise UndiffuseError(f"this network is conditional: pass vector of shape [{len(x)}, {condition_width}]")
-    if vector is not None and not condition_width:
-        raise UndiffuseError("this network is unconditional (condition_width=0), but a condition vector was passed")
-    if vector is not None and vector.shape != (len(x), condition_width):
-        raise UndiffuseError(f"vector has shape {list(vector.shape)}, but it must be [{len(x)}, {condition_width}]")
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raise :class:`UndiffuseError` for the first named constructor argument that is no whole number >= 1."""
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise UndiffuseError(f"{name}={size!r} must be a whole number of at least 1")
+    return x.permute(order).reshape(batch, -1, *(size * f for size, f in zip(spatial, factors, strict=True)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import final
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UndiffuseError
-from .layers import Embedding, FilmNorm, check_inputs, check_sizes, zeroed
+from .layers import Embedding, FilmNorm, Network, check_sizes, zeroed
 
 
 class ResidualLayer(nn.Module):
@@ -25,7 +27,8 @@ class ResidualLayer(nn.Module):
         return x + self.second(self.dropout(F.silu(self.first(self.film(x, embedding)))))
 
 
-class MLP(nn.Module):
+@final
+class MLP(Network):
     """A residual multilayer perceptron for data of shape ``[in_channels]``.
 
     The input is joined by ``sin(2^k x)`` and ``cos(2^k x)`` for k = 0 .. ``octaves - 1``: with plain coordinates alone
@@ -56,9 +59,9 @@ class MLP(nn.Module):
         condition_width: int = 0,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        out_channels = in_channels if out_channels is None else out_channels
-        self.config: dict[str, object] = {
+        super().__init__(in_channels, out_channels, 0, condition_width, 0)
+        out_channels = self.out_channels
+        self.config = {
             "in_channels": in_channels,
             "out_channels": out_channels,
             "width": width,
@@ -68,16 +71,13 @@ class MLP(nn.Module):
             "condition_width": condition_width,
             "dropout": dropout,
         }
-        check_sizes(in_channels=in_channels, out_channels=out_channels, width=width, blocks=blocks, embedding=embedding)
+        check_sizes(width=width, blocks=blocks, embedding=embedding)
         if width < 4:
             raise UndiffuseError(f"width={width!r} must be at least 4, the smallest group of group norm")
         if octaves < 0:
             raise UndiffuseError(f"octaves={octaves!r} must be at least 0")
         if not 0 <= dropout < 1:
             raise UndiffuseError(f"dropout={dropout!r} must be in [0, 1)")
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.condition_width = condition_width
         self.octaves = octaves
         self.embedding = Embedding(embedding, condition_width)
         self.stem = nn.Linear(in_channels * (1 + 2 * octaves), width)
@@ -85,21 +85,16 @@ class MLP(nn.Module):
         self.norm = FilmNorm(width, embedding)
         self.head = zeroed(nn.Linear(width, out_channels))
 
-    def forward(self, x: Tensor, label: Tensor, vector: Tensor | None = None) -> Tensor:
-        """The network's answer, in the dtype of its weights.
-
-        Args:
-            x: ``[B, in_channels]``.
-            label: ``[B]`` float32, the noise level as a number on a scale about a thousand wide.
-            vector: ``[B, condition_width]``, the embedded condition; None for an unconditional network.
-
-        Returns:
-            ``[B, out_channels]``.
-
-        Raises:
-            UndiffuseError: shapes that do not fit, or a condition where there should be none, or the reverse.
-        """
-        check_inputs(x, label, vector, self.in_channels, 0, self.condition_width)
+    def forward(
+        self,
+        x: Tensor,
+        label: Tensor,
+        vector: Tensor | None = None,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """See :meth:`Network.forward`; points take no tokens."""
+        self.check(x, label, vector, tokens, mask)
         embedding = self.embedding(label, vector)
         h = self.stem(self._features(x).to(embedding.dtype))
         for layer in self.layers:

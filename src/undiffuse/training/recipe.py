@@ -34,7 +34,8 @@ class Model:
     """What is trained.
 
     Attributes:
-        size: the size dial, ``tiny`` to ``large``.
+        size: the size dial, ``tiny`` to ``large``; for a DiT also a size of the paper, ``DiT-B/2``.
+        family: a name in ``NETWORKS``; None chooses by the data, an MLP for points and a U-Net for the rest.
         network: options of the network that override what the dial chose (``{"dropout": 0.1}``).
         schedule, prediction, label, input_scale, learned_variance: as for :class:`undiffuse.Denoiser`.
         conditional: learn the classes, where the data has them.
@@ -42,6 +43,7 @@ class Model:
     """
 
     size: str = "small"
+    family: str | None = None
     network: dict[str, Any] = field(default_factory=dict)
     schedule: Schedule = Flow()
     prediction: Prediction = FlowVelocity()
@@ -56,7 +58,7 @@ class Model:
         classes = len(spec.classes) if self.conditional else 0
         width = self.condition_width if classes else 0
         out = spec.channels * (2 if self.learned_variance else 1)
-        name, options = sized(spec.shape, self.size, width, out)
+        name, options = sized(spec.shape, self.size, width, out, self.family)
         with torch.device("meta"):  # only to hear its complaints and its defaults: no weights, no random numbers
             complete = dict(build(name, {**options, **self.network}).config)
         return ModelConfig(

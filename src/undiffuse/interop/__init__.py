@@ -1,0 +1,1 @@
+"""Other people's formats, one file each. They translate names and layouts; nothing is ever unpickled."""
