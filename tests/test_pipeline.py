@@ -10,13 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from undiffuse.data import DataSpec
 from undiffuse.data.spec import units_between
 from undiffuse.denoiser import INPUT_SCALES, LABELS
 from undiffuse.errors import UndiffuseError, UndiffuseWarning
 from undiffuse.networks import sized
-from undiffuse.pipeline import ModelConfig, Pipeline, Sampling, find_pipeline
+from undiffuse.pipeline import (
+    ModelConfig,
+    Pipeline,
+    Question,
+    Sampling,
+    answer_together,
+    find_pipeline,
+    guided,
+)
 from undiffuse.predictions import PREDICTIONS
 from undiffuse.schedules import SCHEDULES
 from undiffuse.solvers import SOLVERS, Heun
@@ -223,13 +232,14 @@ def test_trap_S21_calls_are_counted_as_they_are_made(solver: str) -> None:
         sampling = model.settings(solver=solver, steps=3, guidance_scale=scale)
         seen = 0
 
-        def count(module: object, inputs: object, output: object) -> None:
+        def count(module: object, inputs: tuple[Tensor, Tensor], output: object) -> None:
             nonlocal seen
-            seen += 1
+            seen += len(inputs[0])  # guidance asks both questions in one call of twice the rows
 
         hook = model.denoiser.network.register_forward_hook(count)
         model.draw(2, sampling=sampling)
         hook.remove()
+        seen //= 2
         if SOLVERS[solver].adaptive:
             assert seen >= model.calls(sampling) // 2  # its steps follow the model
         else:
@@ -287,3 +297,29 @@ def _nothing():
     from contextlib import nullcontext
 
     return nullcontext()
+
+
+def test_law_6_with_a_fixed_number_of_rows_a_sample_does_not_depend_on_its_batch() -> None:
+    model = pipeline()
+    for scale in (1.0, 2.5):
+        sampling = model.settings(steps=3, solver="ddpm", guidance_scale=scale)
+        together = model.draw(5, sampling=sampling, rows=8)
+        assert torch.equal(together, torch.cat([model.draw([i], sampling=sampling, rows=8) for i in range(5)]))
+        assert torch.equal(together, model.draw(5, sampling=sampling, rows=8, batch_size=2))
+    with pytest.raises(UndiffuseError, match="2 rows"):
+        model.draw(1, sampling=model.settings(guidance_scale=2.0), rows=1)
+
+
+def test_questions_of_many_are_answered_as_if_each_were_asked_alone() -> None:
+    model = pipeline()
+    x = torch.randn(6, *model.spec.shape, generator=torch.Generator().manual_seed(0))
+    questions, separate = [], []
+    for i, (scale, t) in enumerate(((1.0, 1.0), (0.0, 0.7), (3.0, 0.2))):
+        rows, level = x[2 * i : 2 * i + 2], model.config.schedule(t)
+        cond = model.conditions([0, 1], [i])
+        sampling = model.settings(guidance_scale=scale, guidance_rescale=0.5 * (i == 2), threshold="static")
+        questions.append(Question(rows, level, cond, model.denoiser.null(2), sampling))
+        separate.append(guided(model.denoiser.bind(**cond), model.denoiser.bind(), sampling)(rows, level))
+    for one, other in zip(answer_together(model.denoiser, questions), separate, strict=True):
+        assert torch.allclose(one.x0, other.x0, atol=1e-5)
+        assert torch.allclose(one.eps, other.eps, atol=1e-5)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 
@@ -163,11 +163,46 @@ class Denoiser(nn.Module):
 
     def output(self, x: Tensor, level: Level, **cond: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the network says, ``y`` in x's type, and the learned variance's place in [0, 1] (None without one)."""
+        scaled, label, encoded = self._inputs(x, level, cond)
+        return self._split(self.network(scaled, label, **encoded), x)
+
+    def together(
+        self, questions: Sequence[tuple[Tensor, Level, Mapping[str, Tensor]]], rows: int | None = None
+    ) -> list[Estimate]:
+        """The estimates of several ``(x, level, cond)``, all x of one shape but for their number, by one network call.
+
+        With ``rows`` the call has exactly so many: the rest is filled up with copies of the first. On a CPU a row's
+        result then does not depend on the others to the last bit, since the arithmetic of a row changes with the size
+        of the batch alone.
+        """
+        count = sum(len(x) for x, _, _ in questions)
+        if rows is not None and count > rows:
+            raise UndiffuseError(f"{count} rows asked for in a call of {rows}")
+
+        def joined(parts: Sequence[Tensor]) -> Tensor:
+            more = [] if rows is None else [parts[0][:1].expand(rows - count, *parts[0].shape[1:])]
+            return torch.cat([*parts, *more])
+
+        scaled, labels, encoded = zip(*(self._inputs(x, level, cond) for x, level, cond in questions), strict=True)
+        extra = {name: joined([each[name] for each in encoded]) for name in encoded[0]}
+        answers = self.network(joined(scaled), joined(labels), **extra)[:count].split([len(x) for x, _, _ in questions])
+        estimates = []
+        for y, (x, level, _) in zip(answers, questions, strict=True):
+            y, variance = self._split(y, x)
+            estimates.append(self.prediction.estimate(x, y, level, variance))
+        return estimates
+
+    def _inputs(self, x: Tensor, level: Level, cond: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What the network is called with: x, label, and what the conditions encode to."""
         encoded = self.encode(cond, x.shape[0])
         dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
         scaled = combine((self.input_scale(level), x))
         label = self.label(level).to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
-        y = self.network(scaled.to(dtype), label.expand(x.shape[0]), **encoded).to(x.dtype)
+        return scaled.to(dtype), label.expand(x.shape[0]), encoded
+
+    def _split(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The network's answer for ``x`` as ``(y, variance)``."""
+        y = y.to(x.dtype)
         expected = (x.shape[0], 2 * x.shape[1], *x.shape[2:]) if self.learned_variance else x.shape
         if y.shape != expected:  # it might broadcast
             raise UndiffuseError(

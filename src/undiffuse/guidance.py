@@ -19,6 +19,14 @@ Scale = float | Tensor | Callable[[Level], float | Tensor]
 """A guidance scale: one number, one a sample ``[B]``, or a function of the level that returns either."""
 
 
+def scale_at(scale: Scale, level: Level) -> Tensor:
+    """The scale at a level, ``[]`` or ``[B]``, float64. Raises if it is not finite."""
+    s = torch.as_tensor(scale(level) if callable(scale) else scale, dtype=torch.float64)
+    if not bool(s.isfinite().all()):
+        raise UndiffuseError(f"guidance scale must be finite, got {s.tolist()}")
+    return s
+
+
 def cfg(cond: Denoise, uncond: Denoise, scale: Scale) -> Denoise:
     """Classifier-free guidance (Ho & Salimans 2022): ``uncond + scale * (cond - uncond)``, on every channel (trap G2).
 
@@ -27,10 +35,7 @@ def cfg(cond: Denoise, uncond: Denoise, scale: Scale) -> Denoise:
     """
 
     def guided(x: Tensor, level: Level) -> Estimate:
-        s = scale(level) if callable(scale) else scale
-        flat = torch.as_tensor(s, dtype=torch.float64)
-        if not bool(flat.isfinite().all()):
-            raise UndiffuseError(f"guidance scale must be finite, got {flat.tolist()}")
+        flat = scale_at(scale, level)
         if bool((flat == 1).all()):
             return cond(x, level)
         if bool((flat == 0).all()):

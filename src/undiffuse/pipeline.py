@@ -25,10 +25,11 @@ from .conditions import Conditions
 from .config import from_json, load_json, to_json, write_json_atomic
 from .data.spec import DataSpec
 from .denoiser import INPUT_SCALES, LABELS, Denoise, Denoiser, InputScale, Label
+from .editing import below
 from .errors import UndiffuseError, unknown
 from .grids import GRIDS, Grid, Uniform
 from .grids import Times as TimesGrid
-from .guidance import cfg, interval, remember, rescale, threshold
+from .guidance import Scale, cfg, interval, remember, rescale, scale_at, threshold
 from .levels import Estimate, Level
 from .likelihood import Likelihood, log_likelihood
 from .networks import build
@@ -118,6 +119,20 @@ class Sampling:
     threshold: Literal["none", "static", "dynamic"] = "none"
     noise: Literal["independent", "brownian"] = "independent"
 
+    @property
+    def scale(self) -> Scale:
+        """The guidance scale at each level."""
+        return (
+            self.guidance_scale
+            if self.guidance_interval is None
+            else interval(self.guidance_scale, *self.guidance_interval)
+        )
+
+    def halves(self, level: Level) -> tuple[bool, bool]:
+        """Whether an estimate at ``level`` takes the conditional answer of the network, and the unconditional one."""
+        scale = scale_at(self.scale, level)
+        return bool((scale != 0).any()) or self.guidance_rescale > 0, bool((scale != 1).any())
+
 
 @dataclass(frozen=True)
 class Tunings:
@@ -130,12 +145,68 @@ class Tunings:
 def guided(cond: Denoise, uncond: Denoise, sampling: Sampling) -> Denoise:
     """``cond`` with the guidance and the threshold that ``sampling`` asks for; data in [-1, 1]."""
     cond = remember(cond)
-    scale, bounds = sampling.guidance_scale, sampling.guidance_interval
-    denoise = cfg(cond, uncond, scale if bounds is None else interval(scale, *bounds))
-    denoise = rescale(denoise, cond, sampling.guidance_rescale) if scale != 1 else denoise
+    denoise = cfg(cond, uncond, sampling.scale)
+    denoise = rescale(denoise, cond, sampling.guidance_rescale) if sampling.guidance_scale != 1 else denoise
     if sampling.threshold == "none":
         return denoise
     return threshold(denoise, -1.0, 1.0, 0.995 if sampling.threshold == "dynamic" else None)
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What somebody who samples wants to know: the guided estimate at ``x`` (``[B, ...]``) and ``level``.
+
+    Attributes:
+        cond: the condition, raw values ``[B]`` by name.
+        against: what guidance leads away from; the null condition, or a negative one.
+        sampling: guidance and threshold; the rest plays no part.
+    """
+
+    x: Tensor
+    level: Level
+    cond: Mapping[str, Tensor]
+    against: Mapping[str, Tensor]
+    sampling: Sampling
+
+    def parts(self) -> list[tuple[Tensor, Level, Mapping[str, Tensor]]]:
+        """What the network must be asked for it: one or two questions of B rows."""
+        with_cond, without = self.sampling.halves(self.level)
+        wanted = [self.cond] * with_cond + [self.against] * without
+        return [(self.x, self.level, cond) for cond in wanted]
+
+    def answer(self, estimates: Sequence[Estimate]) -> Estimate:
+        """The guided estimate from those of :meth:`parts`."""
+        first, last = estimates[0], estimates[-1]
+        return guided(lambda x, level: first, lambda x, level: last, self.sampling)(self.x, self.level)
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where a trajectory begins, and all that it needs but the network."""
+
+    x: Tensor
+    levels: list[Level]
+    sampling: Sampling
+    noise: Streams | Brownian
+    cond: Mapping[str, Tensor]
+
+
+def finished(x: Tensor) -> Tensor:
+    """The samples on the CPU; raises if one is not finite."""
+    x = x.cpu()
+    if not bool(x.isfinite().all()):
+        raise UndiffuseError(
+            "the samples are not finite: the model has diverged, or the guidance scale is far too large"
+        )
+    return x
+
+
+def answer_together(denoiser: Denoiser, questions: Sequence[Question], rows: int | None = None) -> list[Estimate]:
+    """The answers to several questions, each with guidance of its own, by one network call. ``rows``: see
+    :meth:`.Denoiser.together`."""
+    parts = [question.parts() for question in questions]
+    estimates = iter(denoiser.together([part for each in parts for part in each], rows))
+    return [question.answer([next(estimates) for _ in each]) for question, each in zip(questions, parts, strict=True)]
 
 
 @final
@@ -267,15 +338,25 @@ class Pipeline:
 
     # --- sampling ---
 
-    def denoise(self, cond: Mapping[str, Tensor], sampling: Sampling) -> Denoise:
-        """The denoiser bound to its condition, guided and thresholded as ``sampling`` says."""
+    def check(self, cond: Mapping[str, Tensor], sampling: Sampling) -> None:
+        """Raise for settings that this model cannot follow."""
         if sampling.guidance_scale != 1 and not cond:
             raise UndiffuseError(
                 f"guidance scale {sampling.guidance_scale} asked of a model without conditions; leave it at 1"
             )
         if sampling.threshold != "none" and not self.spec.bounded:
             raise UndiffuseError(f"threshold={sampling.threshold} needs data with a declared range; this data has none")
-        return guided(self.denoiser.bind(**cond), self.denoiser.bind(), sampling)
+
+    def denoise(self, cond: Mapping[str, Tensor], sampling: Sampling, rows: int | None = None) -> Denoise:
+        """The denoiser bound to its condition, guided and thresholded as ``sampling`` says; ``rows``: see
+        :meth:`.Denoiser.together`."""
+        self.check(cond, sampling)
+
+        def denoise(x: Tensor, level: Level) -> Estimate:
+            question = Question(x, level, cond, self.denoiser.null(len(x)), sampling)
+            return answer_together(self.denoiser, [question], rows)[0]
+
+        return denoise
 
     def calls(self, sampling: Sampling) -> int:
         """Network calls that one sample takes with these settings, counted on one that costs nothing (trap S21)."""
@@ -335,6 +416,35 @@ class Pipeline:
                     return tuned
         return asked
 
+    def begin(
+        self,
+        samples: int | Sequence[int],
+        *,
+        seed: int = 0,
+        classes: Sequence[int | None] | None = None,
+        sampling: Sampling | None = None,
+        image: Tensor | None = None,
+        strength: float = 1.0,
+    ) -> Start:
+        """Where a trajectory of these samples begins: at noise, or with an ``image`` (``[1 or B, *shape]``, model
+        units) at that image with noise of level t = ``strength``, in (0, 1] (:func:`.image_to_image`)."""
+        sampling = sampling or self.settings()
+        numbers = range(samples) if isinstance(samples, int) else samples
+        cond = self.conditions(numbers, classes)
+        self.check(cond, sampling)
+        noise = Brownian(seed, numbers) if sampling.noise == "brownian" else Streams(seed, numbers)
+        levels = sampling.grid.levels(self.config.schedule, sampling.steps)
+        eps = noise.draw(self.spec.shape, torch.empty(0, device=self.device))
+        # A deterministic network computes the same whatever training does around it: dropout is off.
+        self.denoiser.eval()
+        if image is None or strength == 1:
+            return Start(start(levels[0], eps), levels, sampling, noise, cond)
+        first = self.config.schedule.first
+        if not first <= strength < 1:
+            raise UndiffuseError(f"strength must be from {first:.3g} (keep the input) to 1 (ignore it), got {strength}")
+        levels = below(levels, strength)
+        return Start(levels[0].mix(image.to(eps).expand_as(eps), eps), levels, sampling, noise, cond)
+
     def frames(
         self,
         samples: int | Sequence[int],
@@ -342,18 +452,12 @@ class Pipeline:
         seed: int = 0,
         classes: Sequence[int | None] | None = None,
         sampling: Sampling | None = None,
+        rows: int | None = None,
     ) -> Iterator[Frame]:
         """The trajectory of one batch, noise first: ``steps + 1`` frames in model units. Stop iterating to cancel."""
-        sampling = sampling or self.settings()
-        numbers = range(samples) if isinstance(samples, int) else samples
-        denoise = self.denoise(self.conditions(numbers, classes), sampling)
-        noise = Brownian(seed, numbers) if sampling.noise == "brownian" else Streams(seed, numbers)
-        levels = sampling.grid.levels(self.config.schedule, sampling.steps)
-        # A deterministic network computes the same whatever training does around it: dropout is off.
-        self.denoiser.eval()
-        like = torch.empty(0, device=self.device)
-        x = start(levels[0], noise.draw(self.spec.shape, like))
-        yield from trajectory(denoise, x, levels, sampling.solver, noise)
+        begun = self.begin(samples, seed=seed, classes=classes, sampling=sampling)
+        denoise = self.denoise(begun.cond, begun.sampling, rows)
+        yield from trajectory(denoise, begun.x, begun.levels, begun.sampling.solver, begun.noise)
 
     def draw(
         self,
@@ -363,10 +467,12 @@ class Pipeline:
         classes: Sequence[int | None] | None = None,
         sampling: Sampling | None = None,
         batch_size: int = BATCH,
+        rows: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """``[N, *shape]`` samples in model units, on the CPU; sample i is a function of ``(seed, i)`` and its class
-        alone (its batch moves it by the rounding of the network, about 1e-6).
+        alone. Its batch moves it by the rounding of the network, about 1e-6; with ``rows``, the number of rows that
+        every network call then has, by not a bit (on a CPU).
 
         ``progress(done, total)`` counts steps over all batches. Raises if a sample is not finite.
         """
@@ -375,21 +481,26 @@ class Pipeline:
         if not numbers or batch_size < 1:
             count = samples if isinstance(samples, int) else len(numbers)
             raise UndiffuseError(f"asked for {count} samples in batches of {batch_size}: both must be at least 1")
+        if rows is not None:
+            each = self.rows(sampling)
+            if rows < each:
+                raise UndiffuseError(f"a guided sample takes {each} rows of a network call, {rows} are allowed")
+            batch_size = min(batch_size, rows // each)
         batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
         drawn, total = [], len(batches) * sampling.steps
         for index, batch in enumerate(batches):
             last: deque[Frame] = deque(maxlen=1)
-            for frame in self.frames(batch, seed=seed, classes=classes, sampling=sampling):
+            for frame in self.frames(batch, seed=seed, classes=classes, sampling=sampling, rows=rows):
                 last.append(frame)
                 if progress is not None:
                     progress(index * sampling.steps + frame.index, total)
-            x = last[0].x.cpu()
-            if not bool(x.isfinite().all()):
-                raise UndiffuseError(
-                    "the samples are not finite: the model has diverged, or the guidance scale is far too large"
-                )
-            drawn.append(x)
+            drawn.append(finished(last[0].x))
         return torch.cat(drawn)
+
+    @staticmethod
+    def rows(sampling: Sampling) -> int:
+        """Rows of a network call that one sample takes: two if it is guided."""
+        return 1 if sampling.guidance_scale in (0, 1) and not sampling.guidance_rescale else 2
 
     def sample(
         self,

@@ -2,13 +2,13 @@
 
     x at t = 1  --step-->  ...  --step-->  x at t = 0
 
-Everything that samples, from a preview in training to the server, runs :func:`trajectory`.
+Everything that samples, from a preview in training to the server, runs :func:`walk`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -50,6 +50,10 @@ class Frame:
     calls: int
 
 
+Watch = Callable[[Frame], object]
+"""What is shown each frame as soon as there is one."""
+
+
 def answer(step: Step, denoise: Denoise) -> tuple[Tensor, Any, list[Estimate]]:
     """Run one step to its end: ``(x, memory, the estimates it asked for)``."""
     estimates: list[Estimate] = []
@@ -63,6 +67,31 @@ def answer(step: Step, denoise: Denoise) -> tuple[Tensor, Any, list[Estimate]]:
         return x, memory, estimates
 
 
+def walk(x: Tensor, levels: Sequence[Level], solver: Solver, noise: Noise, watch: Watch) -> Step:
+    """The one loop, as a coroutine: yields ``(x, level)`` where it wants an :class:`Estimate` and returns ``(the last
+    x, the solver's memory)``. Whoever answers decides how: one network call for one sampler (:func:`trajectory`), or
+    one for many (the server's engine). ``watch`` is given each :class:`Frame`, the start included.
+    """
+    if solver.stochastic and any(bool((b.t > a.t).any()) for a, b in pairwise(levels)):
+        raise UndiffuseError(f"{type(solver).__name__} draws noise, so it cannot go from data up to noise")
+    memory, calls = None, 0
+    watch(Frame(x, levels[0], 0, None, 0))
+    for index, (here, there) in enumerate(pairwise(levels), start=1):
+        step, first, reply = solver.step(x, here, there, memory, noise), None, None
+        while True:
+            try:
+                with torch.no_grad():
+                    question = step.send(reply)  # pyrefly: ignore  (the first is None)
+            except StopIteration as stop:
+                x, memory = stop.value
+                break
+            reply = yield question
+            first = first or reply
+            calls += 1
+        watch(Frame(x, there, index, first, calls))
+    return x, memory
+
+
 def trajectory(denoise: Denoise, x: Tensor, levels: Sequence[Level], solver: Solver, noise: Noise) -> Iterator[Frame]:
     """The frames from ``x`` at ``levels[0]`` to the sample at ``levels[-1]``: ``len(levels)`` of them, the start
     included.
@@ -70,15 +99,19 @@ def trajectory(denoise: Denoise, x: Tensor, levels: Sequence[Level], solver: Sol
     Stop iterating to cancel. No gradients are recorded. Levels may also rise, from data to noise (inversion), for
     solvers that draw no noise.
     """
-    if solver.stochastic and any(bool((b.t > a.t).any()) for a, b in pairwise(levels)):
-        raise UndiffuseError(f"{type(solver).__name__} draws noise, so it cannot go from data up to noise")
-    memory, calls = None, 0
-    yield Frame(x, levels[0], 0, None, 0)
-    for index, (here, there) in enumerate(pairwise(levels), start=1):
+    frames: deque[Frame] = deque()
+    steps = walk(x, levels, solver, noise, frames.append)
+    reply: Estimate | None = None
+    while True:
+        try:
+            question = steps.send(reply)  # pyrefly: ignore  (the first is None)
+        except StopIteration:
+            yield from frames
+            return
+        while frames:
+            yield frames.popleft()
         with torch.no_grad():
-            x, memory, estimates = answer(solver.step(x, here, there, memory, noise), denoise)
-        calls += len(estimates)
-        yield Frame(x, there, index, estimates[0] if estimates else None, calls)
+            reply = denoise(*question)
 
 
 # From so many calls on: the solver, and rho, scale and least of its flow-power grid.
