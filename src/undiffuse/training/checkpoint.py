@@ -20,6 +20,7 @@ import shutil
 import socket
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -165,7 +166,7 @@ def prune(folder: Path, step: int, keep: int, milestone_every: int = 0) -> None:
         trash = folder / f".trash-{path.name}-{os.getpid()}"
         try:
             path.rename(trash)  # it stops being a checkpoint at once, not file by file
-            shutil.rmtree(trash)
+            _remove(trash)
         except OSError as error:
             warnings.warn(f"{path}: an old checkpoint could not be removed ({error})", UndiffuseWarning, stacklevel=2)
     clean(folder)
@@ -174,7 +175,16 @@ def prune(folder: Path, step: int, keep: int, milestone_every: int = 0) -> None:
 def clean(folder: Path) -> None:
     """Remove what killed processes left behind. Only for the holder of the run's :class:`Lock`."""
     for path in [*folder.glob(".tmp-*"), *folder.glob(".trash-*")]:
-        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A folder, or whatever stands in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _json(value: Any) -> bytes:
