@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +41,22 @@ def bits(trainer: Trainer) -> str:
             digest.update(f"{group} {name} {tensor.dtype}".encode())
             digest.update(tensor.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, without the times."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+def same_run(a: Path, b: Path) -> None:
+    """Two finished runs are the same: every bit of every checkpoint that both keep, the exported model, the metrics."""
+    steps = [path.name for path in checkpoints.listed(a / "checkpoints")]
+    assert steps == [path.name for path in checkpoints.listed(b / "checkpoints")]
+    files = [f"checkpoints/{step}/{group}.safetensors" for step in steps for group in ("weights", "ema", "optimiser")]
+    for file in [*files, "model/model.safetensors"]:
+        assert (a / file).read_bytes() == (b / file).read_bytes(), file
+    assert metrics(a) == metrics(b)
 
 
 def through_disk(trainer: Trainer, folder: Path) -> checkpoints.Checkpoint:

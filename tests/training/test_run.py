@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -18,17 +19,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import undiffuse
-from training_laws import points, recipe
+from training_laws import metrics, points, recipe, same_run
 from undiffuse.commands import main
 from undiffuse.config import load_json, override
 from undiffuse.data import from_array
 from undiffuse.errors import UndiffuseError, UndiffuseWarning
 from undiffuse.pipeline import REGISTRIES, Pipeline
 from undiffuse.training import Diverged, Progress, Recipe, Trainer, checkpoint, make_recipe, run_training
-from undiffuse.training.run import SaveFailed
+from undiffuse.training.run import SaveFailed, _Run
 
 Screen = pytest.CaptureFixture[str]
 
@@ -55,11 +57,6 @@ def stop_at(step: int, number: int = signal.SIGINT) -> Callable[[Progress], None
 
 def weights(out: Path) -> str:
     return Pipeline.load(out / "model").fingerprint
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
 
 
 def test_a_run_leaves_what_it_should(tmp_path: Path) -> None:
@@ -118,20 +115,22 @@ def test_law_5_a_run_stopped_by_ctrl_c_goes_on_as_if_it_had_not_been(cut: int, t
     assert Pipeline.load(tmp_path / "cut").info["step"] == cut
     result = run(tmp_path / "cut")
     assert (result.step, result.resumed_from) == (8, cut)
-    assert weights(tmp_path / "cut") == weights(tmp_path / "straight")
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "straight")
-    for name in ("weights", "ema", "optimiser"):
-        file = f"checkpoints/step-00000008/{name}.safetensors"
-        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
+    same_run(tmp_path / "straight", tmp_path / "cut")
 
 
-def test_the_first_signal_saves_and_sigterm_says_143(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_SG1_the_first_signal_saves_and_says_which_it_was(name: str, code: int, tmp_path: Path) -> None:
     lines: list[str] = []
+    number = signal.Signals[name]
     with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, progress=stop_at(3, signal.SIGTERM), say=lines.append)
-    assert stopped.value.code == 143
+        run(tmp_path, progress=stop_at(3, number), say=lines.append)
+    assert stopped.value.code == code
     assert "stopped    after update 3, saved; resume with the same command" in lines[-1]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # and the handlers are given back
+    assert signal.getsignal(number) == signal.SIG_DFL  # and the handlers are given back
+    found = checkpoint.newest(tmp_path / "checkpoints")
+    assert found is not None
+    assert found.step == 3
 
 
 def test_the_second_signal_ends_the_process_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +167,17 @@ def test_after_a_crash_the_log_is_that_of_a_run_never_stopped(tmp_path: Path) ->
     assert result.resumed_from == 5
     assert metrics(tmp_path / "r") == metrics(tmp_path / "straight")
     assert weights(tmp_path / "r") == weights(tmp_path / "straight")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs fork")
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
+def test_CK2_RS2_kill_9_at_random_moments_of_a_run_changes_nothing(kills: int, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("kill_runs.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(script), str(tmp_path), str(kills)]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout.split()[0]) == kills
 
 
 def test_a_flipped_bit_costs_only_the_last_checkpoint(tmp_path: Path) -> None:
@@ -228,6 +238,105 @@ def test_another_recipe_seed_or_data_is_refused_with_the_reason(tmp_path: Path) 
     with pytest.raises(UndiffuseError, match="data have changed"):
         run_training(from_array(changed, np.arange(10) % 2), small(), tmp_path)
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_what_decides_nothing_of_the_training_may_change(tmp_path: Path) -> None:
+    run(tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "r", progress=stop_at(3))
+    other = override(small(checkpoint_every=3, keep=3, milestone_every=5), ["sampling.steps=7"], REGISTRIES)
+    run(tmp_path / "r", other)
+    assert [path.name[-1] for path in checkpoint.listed(tmp_path / "r" / "checkpoints")] == ["5", "6", "8"]
+    assert weights(tmp_path / "r") == weights(tmp_path / "straight")
+    assert metrics(tmp_path / "r") == metrics(tmp_path / "straight")
+
+
+def longer(images: int, *settings: str) -> Recipe:
+    return override(small(), [f"training.images={images}", *settings], REGISTRIES)
+
+
+@pytest.mark.parametrize("cut", [3, 8])
+def test_trap_R6_another_length_is_planned_anew_when_asked_for(cut: int, tmp_path: Path) -> None:
+    """Cut in the middle, or finished: from there on the learning rate is that of a run planned with the new length, and
+    a second stop does not show."""
+    rates = {}
+    for images in (32, 64):
+        run(tmp_path / str(images), longer(images, "training.log_every=1"))
+        rates[images] = [row["lr"] for row in metrics(tmp_path / str(images))]
+
+    def begun(name: str) -> Path:
+        stop = stop_at(cut) if cut < 8 else None
+        try:
+            run(tmp_path / name, longer(32, "training.log_every=1"), **({"progress": stop} if stop else {}))
+        except KeyboardInterrupt:
+            assert stop
+        return tmp_path / name
+
+    chosen = longer(64, "training.log_every=1")
+    lines: list[str] = []
+    with pytest.raises(UndiffuseError, match=r"training.images: 32 there, 64 here.*add --change to go on with the new"):
+        run(begun("a"), chosen)
+    assert run(tmp_path / "a", chosen, change=True, say=lines.append).step == 16
+    assert any(line.startswith("changed    recipe.training.images: 32 there, 64 here, after upd") for line in lines)
+    assert [row["lr"] for row in metrics(tmp_path / "a")] == rates[32][:cut] + rates[64][cut:]
+    with pytest.raises(KeyboardInterrupt):
+        run(begun("b"), chosen, change=True, progress=stop_at(12))
+    assert run(tmp_path / "b", chosen).resumed_from == 12  # no longer a change
+    same_run(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(UndiffuseError, match="has seen 64 images already; a new length must be more"):
+        run(tmp_path / "a", longer(48, "training.log_every=1"), change=True)
+
+
+def test_another_learning_rate_is_taken_when_asked_for_and_written_down(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, progress=stop_at(2))
+    other = override(small(), ["optimiser.lr=0.5", "ema.half_life=100"], REGISTRIES)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, other, change=True, progress=stop_at(5))
+    run(tmp_path, other)
+    assert max(row["lr"] for row in metrics(tmp_path)) > 0.1
+    log = (tmp_path / "log.txt").read_text()
+    assert "changed    recipe.optimiser.lr: 0.002 there, 0.5 here, after update 2" in log
+    found = checkpoint.newest(tmp_path / "checkpoints")
+    assert found is not None
+    assert len(found.state["changed"]) == 2  # it is remembered for good
+
+
+@pytest.mark.parametrize("setting", ["training.batch_size=8", "model.network.width=12", "model.prediction=v"])
+def test_what_cannot_be_continued_is_refused_even_when_asked_for(setting: str, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, progress=stop_at(2))
+    with pytest.raises(UndiffuseError, match=r"holds a run with other settings \(recipe\.(?!.*--change)"):
+        run(tmp_path, override(small(), [setting], REGISTRIES), change=True)
+    with pytest.raises(UndiffuseError, match=r"seed: 0 there, 1 here(?!.*--change)"):
+        run(tmp_path, seed=1, change=True)
+
+
+@pytest.mark.parametrize("name", ["identity", "seconds", "loss", "changed", "machine"])
+def test_a_checkpoint_that_has_lost_something_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, progress=stop_at(2))
+    newest = checkpoint.newest
+
+    def lossy(folder: Path) -> Any:
+        found = newest(folder)
+        assert found is not None
+        del found.state[name]
+        return found
+
+    monkeypatch.setattr(checkpoint, "newest", lossy)
+    with pytest.raises(UndiffuseError, match=f"step-00000002.*{name}"):
+        run(tmp_path)
+
+
+def test_another_machine_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, progress=stop_at(2))
+    monkeypatch.setattr(torch, "__version__", "2.99")
+    with pytest.warns(UndiffuseWarning, match=r"another machine \(torch .* there, 2.99 here\).*not bit by bit"):
+        run(tmp_path)
 
 
 def test_a_checkpoint_from_before_a_setting_existed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,6 +470,88 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path: Path, monkeypatch:
         f"{tmp_path / 'r' / 'checkpoints' / 'step-00000002'}; training goes on"
     ]
     assert weights(tmp_path / "r") == weights(tmp_path / "straight")
+
+
+def test_DF1_the_third_failure_in_a_row_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every write to the disk fails from update 4 on, but for that at 8: two failures, then three in a row."""
+    sync, step, lines, running = os.fsync, [0], list[str](), list[Any]()
+    begin, chosen = _Run.train, small(images=64, preview_every=0)
+
+    def failing(handle: int) -> None:
+        if step[0] >= 4 and step[0] != 8:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(handle)
+
+    def train(self: Any, command: str) -> Any:
+        running.append(self)
+        return begin(self, command)
+
+    def progress(where: Progress) -> None:
+        running[0]._settle(wait=True)  # so that what fails does not depend on how fast the disk is
+        step[0] = where.step + 1
+
+    monkeypatch.setattr(_Run, "train", train)
+    monkeypatch.setattr(os, "fsync", failing)
+    monkeypatch.setattr(_Run, "_status", lambda self, state: None)
+    with pytest.raises(SaveFailed, match=r"could not be saved 3 times in a row .*Input/output error\); the last good"):
+        run(tmp_path / "r", chosen, progress=progress, say=lines.append)
+    said = [int(line.split()[5]) for line in lines if line.startswith("warning: no checkpoint at update")]
+    assert said == [4, 6, 10, 12]
+    assert SaveFailed.exit_code == 74
+    monkeypatch.undo()
+    assert run(tmp_path / "r", chosen).resumed_from == 8
+    run(tmp_path / "straight", chosen)
+    same_run(tmp_path / "straight", tmp_path / "r")
+
+
+def test_CK6_A11_training_goes_on_while_a_checkpoint_is_written_and_does_not_touch_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint of update 2 is not written before update 4 is done; the next one waits for it."""
+    run(tmp_path / "straight", small(keep=9))
+    whole, on, running, most = checkpoint.save, threading.Event(), [0], [0]
+
+    def slow(*rest: Any) -> Path:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        on.wait(20)
+        try:
+            return whole(*rest)
+        finally:
+            running[0] -= 1
+
+    def progress(where: Progress) -> None:
+        if where.step == 3:
+            assert not list((tmp_path / "r" / "checkpoints").glob("*"))
+            on.set()
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    run(tmp_path / "r", small(keep=9), progress=progress)
+    assert most == [1]
+    same_run(tmp_path / "straight", tmp_path / "r")
+
+
+def test_A11_what_goes_wrong_in_the_writer_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*rest: Any) -> Path:
+        raise ZeroDivisionError("a mistake in the program")
+
+    monkeypatch.setattr(checkpoint, "save", broken)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path)
+    assert load_json(tmp_path / "status.json")["state"] == "failed"
+
+
+def test_ctrl_c_waits_for_the_checkpoint_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = checkpoint.save
+
+    def slow(*rest: Any) -> Path:
+        time.sleep(0.2)
+        return whole(*rest)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, progress=stop_at(2))  # it is begun at 2 already, and not written a second time
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

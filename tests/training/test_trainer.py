@@ -17,6 +17,7 @@ from undiffuse.data.base import ArrayDataset
 from undiffuse.errors import UndiffuseError
 from undiffuse.pipeline import REGISTRIES
 from undiffuse.training import Diverged, Trainer, batch_indices, draw
+from undiffuse.training.trainer import Snapshot
 
 
 def digits(count: int = 6) -> Dataset:
@@ -159,7 +160,66 @@ def test_resume_of_a_unet(tmp_path: Path) -> None:
     assert bits(trained(resumed, 2)) == bits(straight)
 
 
-@pytest.mark.parametrize("left_out", ["weights", "ema", "optimiser", "step"])
+FACTORS: list[tuple[str, str]] = [
+    ("training.accumulation=1", "training.accumulation=4"),
+    ("ema.ramp=0.05", "ema.ramp=none"),
+    ("model.network.dropout=0", "model.network.dropout=0.5"),
+    ("objective.condition_dropout=0", "objective.condition_dropout=0.5"),
+    ("optimiser.decay=cosine", "optimiser.decay=constant"),
+    ("training.precision=float32", "training.precision=bf16"),
+    ("optimiser.warmup=0", "optimiser.warmup=20"),
+]
+
+
+@pytest.mark.parametrize("row", range(8))
+def test_RS1_any_two_settings_together_resume_exactly(row: int, tmp_path: Path) -> None:
+    """Eight runs in which every pair of settings of any two factors occurs twice (the orthogonal array L8)."""
+    a, b, c = row & 1, row >> 1 & 1, row >> 2 & 1
+    columns = (a, b, c, a ^ b, a ^ c, b ^ c, a ^ b ^ c)
+    dataset = points()
+    chosen = recipe(dataset)
+    settings = ["ema.half_life=4", *(pair[i] for pair, i in zip(FACTORS, columns, strict=True))]
+    chosen = override(chosen, settings, REGISTRIES)
+    straight, wanted = Trainer(dataset, chosen, seed=row), []
+    for update in straight.updates():
+        wanted.append((update.step, float(update.loss), update.lr))
+    for cut in (1, 2, 3, 5, 7):  # 10 items in batches of 4: the epochs end in batches 3, 5 and 8
+        found = through_disk(trained(Trainer(dataset, chosen, seed=row), cut), tmp_path / str(cut))
+        resumed = Trainer(dataset, chosen, seed=row)
+        resumed.restore(found.snapshot(), "here")
+        assert [(u.step, float(u.loss), u.lr) for u in resumed.updates()] == wanted[cut:]
+        assert bits(resumed) == bits(straight)
+
+
+@pytest.mark.parametrize("name", ["step", "plan", "loss_sum", "loss_count"])
+def test_a_snapshot_without_one_of_its_numbers_is_refused_and_changes_nothing(name: str) -> None:
+    dataset = points()
+    snapshot = trained(Trainer(dataset, recipe(dataset)), 2).snapshot()
+    del snapshot.numbers[name]
+    other = trained(Trainer(dataset, recipe(dataset)), 1)
+    before = bits(other)
+    with pytest.raises(UndiffuseError, match=f"here: not the whole state of a trainer .*{name}"):
+        other.restore(snapshot, "here")
+    assert bits(other) == before
+
+
+@pytest.mark.parametrize("group", ["weights", "ema", "optimiser"])
+def test_a_snapshot_without_one_of_its_tensors_is_refused_and_changes_nothing(group: str) -> None:
+    dataset = points()
+    other = trained(Trainer(dataset, recipe(dataset)), 1)
+    before = bits(other)
+    whole = trained(Trainer(dataset, recipe(dataset)), 2).snapshot()
+    for name in whole.tensors[group]:
+        rest = {key: value for key, value in whole.tensors[group].items() if key != name}
+        with pytest.raises(UndiffuseError, match=rf"here/{group}: .*1 missing"):
+            other.restore(Snapshot({**whole.tensors, group: rest}, whole.numbers), "here")
+    del whole.tensors[group]
+    with pytest.raises(UndiffuseError, match=f"not the whole state of a trainer .*{group}"):
+        other.restore(whole, "here")
+    assert bits(other) == before
+
+
+@pytest.mark.parametrize("left_out", ["weights", "ema", "optimiser", "step", "plan"])
 def test_the_test_of_resume_can_fail(left_out: str, tmp_path: Path) -> None:
     """Each part of the state is needed: without it the bits differ."""
     dataset = points()
@@ -169,6 +229,8 @@ def test_the_test_of_resume_can_fail(left_out: str, tmp_path: Path) -> None:
     resumed = Trainer(dataset, recipe(dataset))
     if left_out == "step":
         snapshot.numbers["step"] = 0
+    elif left_out == "plan":
+        snapshot.numbers["plan"] = {"images": None, "start": 0}
     else:
         snapshot.tensors[left_out] = fresh.tensors[left_out]
     resumed.restore(snapshot, "here")
