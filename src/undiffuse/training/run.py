@@ -443,8 +443,10 @@ class _Run:
 
     def _close(self) -> None:
         """The end of a run that failed: the save in flight is still finished."""
-        with _tolerant("the checkpoint could not be saved"):
+        try:
             self._settle(wait=True)
+        except UndiffuseError as error:
+            self.say(f"warning: {error}")
         self._status("failed")
 
     def _export_if_older(self) -> None:
