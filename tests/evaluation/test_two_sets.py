@@ -105,8 +105,11 @@ def test_mmd_is_unbiased_and_its_intervals_hold_the_truth(kernel, shift: float) 
 # --- precision, recall, density, coverage -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("k", "k_density"), [(3, 5), (4, 2)])
-def test_precision_and_recall_are_those_of_double_loops(k: int, k_density: int) -> None:
+@pytest.mark.parametrize(("k", "k_density", "block"), [(3, 5, 2048), (4, 2, 3)])
+def test_precision_and_recall_are_those_of_double_loops(
+    k: int, k_density: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbours, "BLOCK", block)  # 3: groups in pieces
     x, y = draw(70, 2, 0, scale=0.7, mean=0.4), draw(90, 2, 1)
     found = precision_recall(x, y, k, k_density)
     assert [figure.value for figure in found] == pytest.approx(plain_precision_recall(x, y, k, k_density), rel=1e-12)

@@ -14,13 +14,14 @@ depend on n: a figure is to be read beside its floor at the same n.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import UndiffuseError
 from .intervals import GROUPS, Measured, from_groups, grouped, wilson
-from .neighbours import smallest, squared_distances
+from .neighbours import blocks, smallest, squared_distances
 from .statistics import Array, alike
 
 
@@ -56,17 +57,16 @@ def precision_recall(samples: Array, data: Array, k: int = 3, k_density: int = 5
     balls_a, balls_b, wide_b = *_radii(a, groups_a, (k,)), *_radii(b, groups_b, (k, k_density))
     inside_a, held = np.zeros((2, GROUPS + 1, len(a)))  # a sample: in any ball of the data; in how many wide ones
     inside_b, covered = np.zeros((2, GROUPS + 1, len(b)), dtype=bool)
-    for i, rows in enumerate(groups_a):
-        for j, columns in enumerate(groups_b):
-            square = squared_distances(a[rows], b[columns])
-            for without in range(GROUPS + 1):  # the last is without nothing
-                if without in (i, j):
-                    continue
-                inside_a[without, rows] += (square <= balls_b[without, columns]).any(axis=1)
-                inside_b[without, columns] |= (square <= balls_a[without, rows, None]).any(axis=0)
-                wide = square <= wide_b[without, columns]
-                held[without, rows] += wide.sum(axis=1)
-                covered[without, columns] |= wide.any(axis=0)
+    for (i, rows), (j, columns) in product(_pieces(groups_a), _pieces(groups_b)):
+        square = squared_distances(a[rows], b[columns])
+        for without in range(GROUPS + 1):  # the last is without nothing
+            if without in (i, j):
+                continue
+            inside_a[without, rows] += (square <= balls_b[without, columns]).any(axis=1)
+            inside_b[without, columns] |= (square <= balls_a[without, rows, None]).any(axis=0)
+            wide = square <= wide_b[without, columns]
+            held[without, rows] += wide.sum(axis=1)
+            covered[without, columns] |= wide.any(axis=0)
     present_a, present_b = _present(groups_a, len(a)), _present(groups_b, len(b))
     return PrecisionRecall(
         _share(inside_a > 0, present_a),
@@ -84,19 +84,24 @@ def _radii(rows: np.ndarray, groups: list[np.ndarray], ks: tuple[int, ...]) -> l
     """
     most = max(ks)
     found = np.empty((len(ks), GROUPS + 1, len(rows)))
-    for i, here in enumerate(groups):
-        nearest = np.empty((GROUPS, len(here), most))
-        for j, there in enumerate(groups):
+    for i, here in _pieces(groups):
+        nearest = np.full((GROUPS, len(here), most), np.inf)
+        for j, there in _pieces(groups):
             square = squared_distances(rows[here], rows[there])
             if i == j:
-                np.fill_diagonal(square, np.inf)
-            nearest[j] = smallest(square, most)
+                square[here[:, None] == there] = np.inf
+            nearest[j] = smallest(np.concatenate([nearest[j], smallest(square, most)], axis=1), most)
         for without in range(GROUPS + 1):
             kept = np.delete(nearest, without, axis=0) if without < GROUPS else nearest
             ordered = smallest(kept.transpose(1, 0, 2).reshape(len(here), -1), most)
             for place, k in enumerate(ks):
                 found[place, without, here] = ordered[:, k - 1] * (1 + 1e-9)  # rounding leaves no tie outside
     return list(found)
+
+
+def _pieces(groups: list[np.ndarray]) -> list[tuple[int, np.ndarray]]:
+    """The groups in pieces that make no block of distances too large, each with the number of its group."""
+    return [(i, rows[part]) for i, rows in enumerate(groups) for part in blocks(len(rows))]
 
 
 def _present(groups: list[np.ndarray], n: int) -> np.ndarray:
