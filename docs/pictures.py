@@ -46,11 +46,13 @@ from undiffuse import (
     Streams,
     Uniform,
     cfg,
+    frechet,
     interval,
     open_dataset,
     slerp,
     trajectory,
 )
+from undiffuse.evaluation.frechet import frechet_infinity
 from undiffuse.levels import spread
 from undiffuse.sampling import start
 
@@ -386,6 +388,46 @@ def weights() -> plt.Figure:
     return figure
 
 
+def frechet_floor() -> plt.Figure:
+    """Evaluation: what a perfect generator scores, and two ways to draw an interval around it."""
+    random = np.random.Generator(np.random.PCG64(0))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 3.5), width_ratios=(1.25, 1))
+
+    def pair(n: int, d: int) -> tuple[np.ndarray, np.ndarray]:
+        """Two draws of the same Gaussian, whose variances fall like 1/i."""
+        a, b = random.standard_normal((2, n, d)) / np.sqrt(np.arange(1, d + 1))
+        return a, b
+
+    for colour, d in zip(COLOURS, (16, 64, 256), strict=False):
+        counts = [n for n in (20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000) if n > d]
+        pairs = [pair(n, d) for n in counts]
+        plain = [frechet(*each) for each in pairs]
+        left.plot(counts, [f.value for f in plain], "o-", ms=4, color=colour, label=f"{d} features")
+        left.fill_between(counts, [f.low for f in plain], [f.high for f in plain], color=colour, alpha=0.2, lw=0)
+        enough = [n for n in counts if n >= 4 * d]
+        far = [frechet_infinity(*each).value for n, each in zip(counts, pairs, strict=True) if n >= 4 * d]
+        left.plot(enough, far, ":", color=colour)
+    left.axhline(0, color=GREY, lw=0.8)
+    left.set(xscale="log", yscale="symlog", ylim=(-0.05, 3), xlabel="n, samples and as much data")
+    left.set_yscale("symlog", linthresh=0.01)
+    left.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
+    left.set_title("Frechet distance of a perfect generator\n(dotted: extrapolated to infinite n)")
+    left.legend()
+    for i in range(12):
+        a, b = pair(200, 64)
+        ours = frechet(a, b)
+        again = [frechet(a[random.integers(0, 200, 200)], b[random.integers(0, 200, 200)]).value for _ in range(60)]
+        right.plot([ours.low, ours.high], [-i, -i], color=COLOURS[0], lw=3, solid_capstyle="butt")
+        right.plot(np.quantile(again, [0.025, 0.975]), [-i + 0.3] * 2, color=COLOURS[1], lw=3, solid_capstyle="butt")
+        right.plot(ours.value, -i, "o", ms=4, color="black", zorder=3)
+    right.set(yticks=[], xlabel="Frechet distance", title="twelve draws, n = 200, 64 features")
+    marks = [plt.Line2D([], [], color=c, lw=3) for c in COLOURS[:2]]
+    dot = plt.Line2D([], [], color="black", marker="o", ms=4, lw=0)
+    names = ["figure", "our interval", "naive bootstrap: misses"]
+    right.legend([dot, *marks], names, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, columnspacing=1)
+    return figure
+
+
 PICTURES: dict[str, Callable[[], plt.Figure]] = {
     "levels": levels,
     "schedules": schedules,
@@ -399,6 +441,7 @@ PICTURES: dict[str, Callable[[], plt.Figure]] = {
     "pictures": pictures,
     "pipeline": pipeline,
     "weights": weights,
+    "frechet_floor": frechet_floor,
 }
 
 
