@@ -4,9 +4,9 @@
 
 - *Named right*: a support-vector classifier (RBF) trained on the 1,797 real digits names the class that was asked for.
   Its own accuracy on digits that it has not seen (5-fold cross-validation) is printed beside it.
-- *Near copy*: the sample's nearest training image (Euclidean distance of the 64 pixels in the data's units 0..16) is
-  closer than 99 % of real digits are to their nearest other real digit (the first percentile of the leave-one-out
-  distances). About 1 % of new real digits would be called copies too.
+- *Near copy*: the sample is nearer to its nearest training image (Euclidean distance of the 64 pixels in the data's
+  units 0..16) than 99 % of real digits are to their nearest other one (`undiffuse.memorisation`). About 1 % of new real
+  digits would be called copies too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import SVC
 
-from undiffuse import Pipeline, open_dataset
+from undiffuse import Pipeline, memorisation, open_dataset
 from undiffuse.training import make_recipe, run_training
 
 SAMPLES = 1000
@@ -35,28 +35,22 @@ def classifier() -> SVC:
     return SVC(gamma=0.001, C=10)
 
 
-def nearest(points: np.ndarray, others: np.ndarray, leave_one_out: bool = False) -> np.ndarray:
-    """The distance of each row of ``points`` to its nearest row of ``others``; of the second nearest, which is the
-    nearest other one, with ``leave_one_out``."""
-    squared = (points**2).sum(1)[:, None] + (others**2).sum(1)[None] - 2 * points @ others.T
-    return np.sqrt(np.maximum(np.partition(squared, int(leave_one_out), axis=1)[:, int(leave_one_out)], 0))
-
-
 def judge(samples: np.ndarray, asked: np.ndarray, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """The figures for samples ``[N, 8, 8]`` in the data's units whose classes were ``asked``."""
     real, drawn = images.reshape(len(images), -1).astype(float), samples.reshape(len(samples), -1).astype(float)
     named = classifier().fit(real, labels).predict(drawn)
-    apart, limits = nearest(drawn, real), nearest(real, real, leave_one_out=True)
-    threshold = float(np.percentile(limits, 1))
+    found = memorisation(drawn, real)
     return {
         "samples": len(samples),
         "named_right": float((named == asked).mean()),
         "named_right_worst_class": float(min((named == asked)[asked == c].mean() for c in np.unique(asked))),
-        "near_copies": float((apart < threshold).mean()),
-        "near_copy_distance": threshold,
-        "median_distance_to_training": float(np.median(apart)),
-        "median_distance_real_to_real": float(np.median(limits)),
-        "median_distance_between_samples": float(np.median(nearest(drawn, drawn, leave_one_out=True))),
+        "near_copies": found.share.value,
+        "near_copies_95_percent": [found.share.low, found.share.high],
+        "near_copies_of_new_digits": found.chance.value,
+        "near_copy_distance": found.threshold,
+        "median_distance_to_training": float(np.median(found.distances)),
+        "median_distance_real_to_real": float(np.median(found.real)),
+        "memorised": found.memorised,
     }
 
 

@@ -18,6 +18,7 @@ PAGES: dict[str, list[Mapping[str, object]]] = {
     "conditions": [u.CONDITIONS],
     "sampling": [u.GRIDS],
     "objectives": [u.TIMES, u.WEIGHTS],
+    "evaluation": [u.METRICS],
 }
 
 
