@@ -17,7 +17,10 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from .config import to_json, write_bytes_atomic
+from .data.png import encode16
+from .data.sounds import encode_wav
 from .data.spec import DataSpec
+from .data.tables import write_table
 from .errors import UndiffuseError
 from .pipeline import REGISTRIES, Pipeline, Sampling
 
@@ -133,17 +136,25 @@ def write_animation(path: str | Path, pictures: Sequence[Image.Image], seconds: 
 # --- What `undiffuse sample` and the previews of training write -------------------------------------------------------
 
 
+WRITTEN = {"image": ("",), "sound": (".wav", ""), "points": (".csv",), "video": (".webp", ".gif", ""), "array": ()}
+"""The kinds of file that samples of each kind of data may become, besides ``.npy`` and, if they can be drawn, pictures.
+The empty one is a folder with a file (for a clip, a folder of frames) for each sample."""
+
+
+def suffixes(spec: DataSpec) -> tuple[str, ...]:
+    """What samples of this data can be written as; the first is what they are written as by default."""
+    pictures = (".png", ".gif", ".webp") if drawable(spec) else ()
+    first, others = (pictures, WRITTEN[spec.kind]) if not spec.names else (WRITTEN[spec.kind], pictures)
+    return tuple(dict.fromkeys((*first, *others, ".npy")))
+
+
 def check_target(target: Path, spec: DataSpec) -> None:
     """Refuse before sampling what could not be written after it; makes the folder."""
-    suffix = target.suffix.lower()
-    if suffix not in ("", ".png", ".npy", ".gif", ".webp"):
-        raise UndiffuseError(f"--out {target}: write a .png, .npy, .gif, .webp or a folder")
-    if suffix != ".npy" and not drawable(spec):
-        raise UndiffuseError(
-            f"--out {target}: samples of shape {list(spec.original_shape)} are no pictures; write a .npy"
-        )
-    if suffix == "" and spec.kind != "image":
-        raise UndiffuseError(f"--out {target}: a folder holds images; write points to a .npy, or a .png for a scatter")
+    suffix, possible = target.suffix.lower(), suffixes(spec)
+    if suffix not in possible:
+        *named, last = [f"a {each or 'folder'}" for each in possible]
+        these = f"these samples are of kind {spec.kind}, shape {list(spec.original_shape)}"
+        raise UndiffuseError(f"--out {target}: write {', '.join(named)}{' or ' if named else ''}{last}; {these}")
     folder = target if suffix == "" else target.parent
     if folder.exists() and not folder.is_dir():
         raise UndiffuseError(f"--out {target}: {folder} is not a folder")
@@ -165,13 +176,14 @@ def write_samples(
     model: str,
     options: dict[str, Any],
 ) -> None:
-    """Sample and write to ``target``: a .png grid, a folder of PNGs, a .npy, or a .gif or .webp of the trajectory.
+    """Sample and write to ``target``: a .png grid, a folder, a .npy, or a .gif or .webp of the trajectory; sounds one
+    after another as a .wav, points as a .csv. Files have the units, the range and the bits of the data.
 
     ``model`` and ``options`` go into the PNGs' text chunk, so that the picture can be made again.
     """
     spec, suffix = pipeline.spec, target.suffix.lower()
     columns = columns_for(samples, len(spec.classes) if classes is None else len(classes))
-    if suffix in (".gif", ".webp"):
+    if suffix in (".gif", ".webp") and spec.kind != "video":
         pictures = []
         for frame in pipeline.frames(samples, seed=seed, classes=classes, sampling=sampling):
             pictures.append(grid(spec, frame.x.cpu(), columns))
@@ -192,10 +204,37 @@ def write_samples(
         write_bytes_atomic(target, buffer.getvalue())
     elif suffix == ".png":
         write_png(target, grid(spec, x, columns), parameters)
+    elif suffix == ".csv":
+        write_bytes_atomic(target, write_table(spec.names, spec.to_data(x)))
+    elif suffix == ".wav":
+        values = spec.to_data(x)
+        write_bytes_atomic(target, encode_wav(values.reshape(-1, *values.shape[2:]), spec))
     else:
         digits = max(5, len(str(samples - 1)))
-        for i, image in enumerate(spec.to_images(x)):
-            write_png(target / f"{i:0{digits}d}.png", Image.fromarray(image), parameters)
+        for i in range(samples):
+            one = target / f"{i:0{digits}d}"
+            if spec.kind == "sound":
+                write_bytes_atomic(one.with_suffix(".wav"), encode_wav(spec.to_data(x[i : i + 1])[0], spec))
+            else:
+                write_image(one.with_suffix(".png"), spec, x[i], parameters)
+
+
+def write_image(path: Path, spec: DataSpec, x: Tensor, parameters: dict[str, Any]) -> None:
+    """One image ``[C, H, W]`` (model units) as a PNG with the values that the data had: 8 or 16 bits, alpha included.
+
+    Data whose range is not that of a PNG (digits from 0 to 16) are scaled to 8 bits; a .npy has their own values.
+    """
+    full = {"uint8": 255.0, "uint16": 65535.0}.get(spec.dtype)
+    if spec.low != 0 or spec.high != full or spec.channels not in (1, 3, 4):
+        write_png(path, Image.fromarray(spec.to_images(x[None])[0]), parameters)
+        return
+    pixels = spec.to_data(x[None])[0]
+    pixels = np.moveaxis(pixels, spec.layout.index("C"), -1) if "C" in spec.layout else pixels
+    pixels = np.ascontiguousarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+    if full == 255:
+        write_png(path, Image.fromarray(pixels), parameters)
+    else:
+        write_bytes_atomic(path, encode16(pixels, {CHUNK: json.dumps(parameters)}))
 
 
 def columns_for(samples: int, classes: int) -> int | None:

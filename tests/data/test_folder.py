@@ -141,8 +141,8 @@ def test_labels_follow_when_files_are_skipped(tmp_path: Path) -> None:
 def test_nothing_usable(tmp_path: Path) -> None:
     with pytest.raises(UndiffuseError, match="is empty"):
         open_dataset(str(tmp_path))
-    (tmp_path / "a.wav").write_bytes(b"RIFF")
-    with pytest.raises(UndiffuseError, match=r"no images.*1 \.wav"):
+    (tmp_path / "a.xyz").write_bytes(b"RIFF")
+    with pytest.raises(UndiffuseError, match=r"no images.*1 \.xyz"):
         open_dataset(str(tmp_path))
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(UndiffuseError, match=r"none of the 1 images.*a\.png"):

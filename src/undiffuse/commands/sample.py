@@ -75,7 +75,8 @@ def sample(
         seed: Sample i is a function of the seed and i (default 0).
         batch_size: Samples computed together (default 64); changes a sample by rounding only.
         out: A .png grid, a .npy array of shape [N, data shape] in the data's own units and dtype, a .gif or .webp of
-            the trajectory, or a folder of PNGs (default samples.png; samples.npy for data that is no picture).
+            the trajectory, or a folder with one file a sample. Sounds: a .wav with one after another, or a folder of
+            them. Points: a .csv. (Default: samples, as what the data is.)
         from_: A PNG made by this command: make it again, except for the options that are given.
         device: auto, cpu, cuda, mps.
         set: Change one more sampling setting, such as threshold=static, noise=brownian, guidance_interval=0.2,5 or
@@ -85,7 +86,7 @@ def sample(
         UndiffuseError: a model that cannot be loaded, an option out of range, a name that does not exist.
     """
     from ..config import override
-    from ..outputs import check_target, describe, drawable, made_by, write_samples
+    from ..outputs import check_target, describe, made_by, suffixes, write_samples
     from ..pipeline import BATCH, REGISTRIES, Pipeline, resolve_device
 
     given = {
@@ -112,7 +113,7 @@ def sample(
     settings = override(settings, options.get("set", ()), REGISTRIES)
     count, seed, batch = options.get("number", 64), options.get("seed", 0), options.get("batch_size", BATCH)
     chosen = parse_classes(options["classes"], pipeline.spec.classes) if "classes" in options else None
-    target = Path(out or ("samples.png" if drawable(pipeline.spec) else "samples.npy"))
+    target = Path(out or f"samples{suffixes(pipeline.spec)[0]}")
     check_target(target, pipeline.spec)
     begun = time.monotonic()
     with progress_bar() as tick:

@@ -57,6 +57,8 @@ def train(
     device: str = "auto",
     data_root: AnyPath | None = None,
     labels: str | None = None,
+    length: float | None = None,
+    channels: int | None = None,
     strict: bool = False,
     change: bool = False,
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH=VALUE")] = (),
@@ -79,6 +81,8 @@ def train(
         data_root: Where files of named data sets are.
         labels: What the classes of files are: folder (the default, where there are folders), name (what stands before
             the first _ or - of a file's name), none, or an attribute in metadata.jsonl.
+        length: Seconds to which sounds are cropped or filled with silence (default: what 95 % of them fit into).
+        channels: 1, 3 or 4 for images, 1 for mono; arrays: how many there are, where their shape does not tell.
         strict: Refuse a folder with a file that cannot be read instead of skipping it.
         change: Go on with the run that is there although its length, optimiser, objective or average were others.
         set: Change one setting of the recipe, such as optimiser.lr=0.001; may be repeated.
@@ -110,13 +114,24 @@ def train(
         "--device": None if device == "auto" else device,
         "--data-root": data_root,
         "--labels": labels,
+        "--length": length,
+        "--channels": channels,
     }
     words = ["undiffuse", "train", data]
     words += [word for name, value in given.items() if value is not None for word in (name, str(value))]
     words += ["--strict"] if strict else []
     words += ["--change"] if change else []
     words += [word for setting in set for word in ("--set", setting)]
-    dataset = open_dataset(data, image_size=image_size, data_root=data_root, labels=labels, strict=strict, seed=seed)
+    dataset = open_dataset(
+        data,
+        image_size=image_size,
+        channels=channels,
+        data_root=data_root,
+        labels=labels,
+        length=length,
+        strict=strict,
+        seed=seed,
+    )
     chosen = make_recipe(recipe, dataset.spec, len(dataset), model_size)
     chosen = override(chosen, set, REGISTRIES)
     chosen = with_length(chosen, steps=steps, images=images, batch_size=batch_size)

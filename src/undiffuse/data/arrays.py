@@ -2,7 +2,7 @@
 
 The first axis counts the items. What the others mean:
 
-    [N], [N, D]                  points
+    [N], [N, D]                  points; with ``channels=1``, [N, L] are series
     [N, H, W]                    integers: grey images; real numbers: channels first if at most 4, else one channel
     [N, C, H, W], [N, H, W, C]   images if C is 1, 3 or 4 and the values are bounded, else arrays
     [N, A, B, C]                 a volume of one channel if no axis is clearly the channels
@@ -147,9 +147,9 @@ def _layout(item: tuple[int, ...], integer: bool, channels: Channels, name: str)
     if rank > 4:
         raise UndiffuseError(f"{name}: items of shape {item}: at most three spatial axes and one of channels")
     if rank < 2:
-        if isinstance(channels, int):
+        if isinstance(channels, int) and (channels != 1 or not rank):
             raise UndiffuseError(f"{name}: channels={channels} is for images and arrays, items here have shape {item}")
-        return "D" if rank else ""
+        return "L" if isinstance(channels, int) else "D" if rank else ""
     spatial = {2: "L", 3: "HW", 4: "ZYX"}[rank]
     first, last, none = "C" + spatial, spatial + "C", {2: "HW", 3: "ZYX", 4: ""}[rank]
     if isinstance(channels, int):
@@ -178,7 +178,7 @@ def _layout(item: tuple[int, ...], integer: bool, channels: Channels, name: str)
 def _spec(values: np.ndarray, layout: str, measured: _Measured, name: str) -> DataSpec:
     item, dtype = values.shape[1:], values.dtype
     low, high = measured.low, measured.high
-    if len(item) < 2:
+    if layout in ("", "D"):
         shift, scale = _moments(values, None if layout == "" else 1, name)
         return DataSpec("points", item or (1,), dtype.name, None, None, shift, scale, layout)
     axis = layout.index("C") if "C" in layout else None

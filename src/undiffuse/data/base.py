@@ -66,10 +66,13 @@ class Dataset(ABC):
     def describe(self) -> str:
         """One line: ``1,797 images 8x8x1 uint8 [0, 16], 10 classes``."""
         spec, count = self.spec, len(self)
-        noun = {"image": "image", "points": "point", "array": "array"}[spec.kind] + ("" if count == 1 else "s")
+        noun = spec.kind.removesuffix("s") + ("" if count == 1 else "s")
         if spec.kind == "points":
             size = f"{spec.shape[0]}-D"
-        elif spec.kind == "image":
+        elif spec.kind == "sound":
+            length, voices = spec.shape[1], {1: "mono", 2: "stereo"}.get(spec.channels, f"{spec.channels} channels")
+            size = f"of {length / (spec.rate or 1):.3g} s at {spec.rate:,} Hz, {voices}"
+        elif spec.kind in ("image", "video"):
             size = "x".join(map(str, (*spec.shape[1:], spec.shape[0])))
         else:
             size = "x".join(map(str, spec.shape))

@@ -13,9 +13,11 @@ from ..errors import UndiffuseError, UndiffuseWarning
 from . import named
 from .arrays import open_array, resized
 from .base import ArrayDataset, Dataset
-from .folder import Files, Images
+from .folder import Files, Images, Reader
 from .images import MIN_SIDE, Channels, Size
+from .sounds import Sounds
 from .store import Folder, Store, Tar, Zip, printable
+from .tables import open_table
 
 __all__ = ["DATASETS", "Dataset", "open_dataset"]
 
@@ -37,6 +39,7 @@ def open_dataset(
     channels: Channels = None,
     data_root: str | Path | None = None,
     labels: str | None = None,
+    length: float | None = None,
     strict: bool = False,
     seed: int = 0,
 ) -> Dataset:
@@ -49,6 +52,7 @@ def open_dataset(
     ``data_root``   where files of named sets are looked for, before ``$UNDIFFUSE_DATA``
     ``labels``   what the classes of files are: "folder" (the default, where there are folders), "name" (what stands
         before the first _ or - of the file's name), "none", or an attribute in ``metadata.jsonl``
+    ``length``   seconds, of sounds
     ``strict``   refuse a folder at its first bad file instead of skipping it
     ``seed``   of the sets that are drawn (``moons``, ``swissroll``, ``checkerboard``), 0 to 2^32 - 1
     """
@@ -68,11 +72,31 @@ def open_dataset(
         raise _missing(data, path)
     store = open_store(path)
     if store is not None:
-        return Files(store, Images(size, channels), labels=labels, strict=strict)
+        return Files(store, _reader(store, size, channels, length), labels=labels, strict=strict)
+    if path.suffix.lower() in (".csv", ".tsv") and path.is_file():
+        return open_table(path, labels=labels)
     if path.suffix.lower() in (".npy", ".npz") and path.is_file():
         return open_array(path, image_size=size, channels=channels)
     what = f"{path.suffix.lower()} files are" if path.suffix else "such a file is"
     raise UndiffuseError(f"{printable(data)}: {what} not supported; {_choices()}")
+
+
+def _reader(store: Store, size: Size, channels: Channels, length: float | None) -> Reader:
+    """What most files of the store are: images, or sounds."""
+    extensions = [file.extension for file, _ in store.listing]
+    kinds = {kind: sum(each in kind.known | kind.unsupported for each in extensions) for kind in (Images, Sounds)}
+    if kinds[Sounds] <= kinds[Images]:
+        _refuse_unused(store.name, "images", length=length)
+        return Images(size, channels)
+    _refuse_unused(store.name, "sounds", image_size=size)
+    return Sounds(length, channels)
+
+
+def _refuse_unused(name: str, kind: str, **options: object) -> None:
+    """An option that could not have an effect is a mistake."""
+    for option, value in options.items():
+        if value is not None:
+            raise UndiffuseError(f"{name}: has {kind}, to which {option} does not apply; leave it out")
 
 
 def open_store(path: Path) -> Store | None:

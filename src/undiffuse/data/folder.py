@@ -81,7 +81,7 @@ class Reader(ABC):
     def decode(self, store: Store, files: tuple[File, ...], target: Any) -> Decoded:
         """One item in that form. Raises :class:`BadFile`."""
 
-    def remarks(self, values: np.ndarray) -> list[str]:
+    def remarks(self, values: np.ndarray, spec: DataSpec) -> list[str]:
         """What is odd about all values together."""
         return []
 
@@ -243,7 +243,7 @@ class Files(Dataset):
             f"{note}: {printable(paths[0])}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
             for note, paths in remarks.items()
         ]
-        return contents, notes + self._reader.remarks(self._kept)
+        return contents, notes + self._reader.remarks(self._kept, self.spec)
 
     def _skip(self, entry: Entry, reason: BadFile) -> None:
         if entry.path not in {path for path, _ in self._skipped}:
@@ -391,11 +391,11 @@ class Images(Reader):
     def decode(self, store: Store, files: tuple[File, ...], target: Target) -> Decoded:
         return decode(store.read(files[0]), target)
 
-    def remarks(self, values: np.ndarray) -> list[str]:
-        largest, full = int(values.max()), np.iinfo(values.dtype).max
+    def remarks(self, values: np.ndarray, spec: DataSpec) -> list[str]:
+        largest, full = int(values.max()), spec.high or 0
         if largest > full // 2:
             return []
-        return [f"the brightest pixel is {largest} of {full}: save the values as .npy to use their own range"]
+        return [f"the brightest pixel is {largest} of {full:g}: save the values as .npy to use their own range"]
 
     def form(self, headers: Sequence[Header], name: str) -> Form:
         target, notes = image_target(headers, self.image_size, self.channels, name)

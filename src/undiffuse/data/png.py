@@ -8,6 +8,7 @@ undone here for whole diagonals at a time.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -75,15 +76,17 @@ def _unfilter(kinds: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(done[1:, 1:])
 
 
-def encode16(pixels: np.ndarray) -> bytes:
-    """uint16 ``[H, W]`` or ``[H, W, 1 to 4]`` as a PNG, without filters."""
+def encode16(pixels: np.ndarray, texts: Mapping[str, str] | None = None) -> bytes:
+    """uint16 ``[H, W]`` or ``[H, W, 1 to 4]`` as a PNG, without filters; ``texts`` go into text chunks (iTXt)."""
     height, width = pixels.shape[:2]
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
     colour = {count: kind for kind, count in CHANNELS.items()}[channels]
     rows = np.zeros((height, 1 + width * channels * 2), np.uint8)
     rows[:, 1:] = np.ascontiguousarray(pixels, ">u2").view(np.uint8).reshape(height, -1)
     head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, colour, 0, 0, 0])
-    return SIGNATURE + _chunk(b"IHDR", head) + _chunk(b"IDAT", zlib.compress(rows.tobytes())) + _chunk(b"IEND", b"")
+    said = b"".join(_chunk(b"iTXt", f"{key}\0\0\0\0\0{text}".encode()) for key, text in (texts or {}).items())
+    packed = _chunk(b"IDAT", zlib.compress(rows.tobytes()))
+    return SIGNATURE + _chunk(b"IHDR", head) + said + packed + _chunk(b"IEND", b"")
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:

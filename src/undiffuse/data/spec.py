@@ -9,7 +9,7 @@ own minimum and maximum hides wrong colours.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from math import isfinite
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from ..errors import UndiffuseError, unknown
 
 T = TypeVar("T")
 
-KINDS = ("image", "points", "array")
+KINDS = ("image", "points", "array", "sound", "video")
 
 
 def units_between(low: float, high: float) -> tuple[tuple[float], tuple[float]]:
@@ -38,8 +38,11 @@ class DataSpec:
         model units: ``shift`` and ``scale`` are then the middle and half of the range
     ``shift``, ``scale``   one value for all channels, or one a channel (coordinate, for points)
     ``layout``   the axes of one original item, a letter each; ``C`` is the channel axis, the others are spatial and
-        keep their order: ``HW``, ``HWC``, ``CHW``, ``CL``, ``ZYX``. Points are ``D``, or the empty string for scalars
+        keep their order: ``HW``, ``HWC``, ``CHW``, ``CL``, ``ZYX``, ``THWC``. Points are ``D``, or the empty string for
+        scalars
     ``resize``   the filter with which the items were brought to this size, ``None`` if they were not touched
+    ``names``   of the coordinates of points, where the data name them
+    ``rate``   samples a second, for sounds
     """
 
     kind: str
@@ -52,6 +55,8 @@ class DataSpec:
     layout: str
     classes: tuple[str, ...] = ()
     resize: str | None = None
+    names: tuple[str, ...] = ()
+    rate: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -72,6 +77,12 @@ class DataSpec:
                 raise UndiffuseError(f"data spec: {name} needs 1 or {self.shape[0]} values, got {len(values)}")
             if not all(isfinite(value) for value in values):
                 raise UndiffuseError(f"data spec: {name} {values} must be finite")
+        if self.names and (self.kind != "points" or len(self.names) != self.shape[0]):
+            raise UndiffuseError(f"data spec: {len(self.names)} names for {self.kind} of shape {self.shape}")
+        if (self.kind == "sound") != (self.rate is not None) or (self.rate is not None and self.rate < 1):
+            raise UndiffuseError(
+                f"data spec: rate {self.rate} of {self.kind}: sounds, and only they, have a positive one"
+            )
         if min(self.scale) <= 0:
             raise UndiffuseError(f"data spec: scale {self.scale} must be positive")
         if (self.low is None) != (self.high is None):
@@ -193,15 +204,15 @@ class DataSpec:
         for key in values:
             if key not in names:
                 raise unknown("key of the data spec", key, names)
-        missing = [name for name in names if name not in values]
+        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
         if missing:
             raise UndiffuseError(f"data spec: {', '.join(missing)} missing")
 
         def optional(key: str, read: Callable[[str, object], T]) -> T | None:
-            return None if values[key] is None else read(key, values[key])
+            return None if values.get(key) is None else read(key, values[key])
 
         def several(key: str, read: Callable[[str, object], T]) -> tuple[T, ...]:
-            items = values[key]
+            items = values.get(key, ())
             if not isinstance(items, (list, tuple)):
                 raise UndiffuseError(f"data spec: {key} must be a list, got {items!r}")
             return tuple(read(key, item) for item in items)
@@ -217,6 +228,8 @@ class DataSpec:
             layout=_text("layout", values["layout"]),
             classes=several("classes", _text),
             resize=optional("resize", _text),
+            names=several("names", _text),
+            rate=optional("rate", _whole),
         )
 
     def _column(self, constants: tuple[float, ...], dtype: type) -> np.ndarray:

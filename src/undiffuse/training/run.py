@@ -39,7 +39,7 @@ from ..data import Dataset
 from ..denoiser import terminal_snr_report
 from ..errors import UndiffuseError, UndiffuseWarning
 from ..objectives import overlap
-from ..outputs import drawable, write_samples
+from ..outputs import suffixes, write_samples
 from ..pipeline import BATCH, REGISTRIES, Pipeline, resolve_device
 from . import checkpoint, forensics, memory
 from .recipe import Plan, Recipe, kind_of
@@ -391,7 +391,7 @@ class _Run:
     def _preview(self) -> None:
         """What ``undiffuse sample`` would write for the average as it is now, by the very same path."""
         pipeline, number = self.trainer.pipeline(), self.recipe.training.previews
-        suffix = ".png" if drawable(pipeline.spec) else ".npy"
+        suffix = suffixes(pipeline.spec)[0]
         target = self.out / "samples" / f"preview-{self.trainer.step:06d}{suffix}"
         options = {} if number == 64 else {"number": number}
         with _tolerant(f"no preview at update {self.trainer.step}"):
