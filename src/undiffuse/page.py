@@ -186,8 +186,8 @@ class Chart(Part):
             five or more.
         floors: dashed horizontal lines by name, such as what real data would score.
         marks: dashed vertical lines by name.
-        settle: what is left of this share of the width does not set the heights: a loss falls far at first, and what
-            matters comes later.
+        settle: this share of each line's points, its first, does not set the heights: a loss falls far at first, and
+            what matters comes later.
         note: a sentence below.
     """
 
@@ -203,9 +203,8 @@ class Chart(Part):
     def html(self) -> str:
         drawn = [_finite(line) for line in self.lines]
         widths = [x for line in drawn for x in line.x]
-        begin = min(widths) + self.settle * (max(widths) - min(widths)) if widths else 0.0
-        curves = [(line.x, ys) for line in drawn for ys in (line.y, line.low or (), line.high or ())]
-        heights = [v for xs, ys in curves for x, v in zip(xs, ys, strict=False) if v is not None and x >= begin]
+        curves = [ys for line in drawn for ys in (line.y, line.low or (), line.high or ())]
+        heights = [v for ys in curves for v in ys[int(self.settle * len(ys)) :] if v is not None]
         heights += [v for v in self.floors.values() if math.isfinite(v)]
         log = self.log
         if log is None:

@@ -25,6 +25,7 @@ undiffuse train moons --recipe tiny        seconds, to see that it works
 undiffuse train ./photos --image-size 64   a folder of images, or folders of
                                            them, one a class
 undiffuse train mnist --data-root ~/data --minutes 30
+undiffuse train ./photos --until-converged
 undiffuse train volumes.npy --set optimiser.lr=0.0005 --set training.keep=5
 """
 
@@ -61,6 +62,8 @@ def train(
     channels: int | None = None,
     strict: bool = False,
     change: bool = False,
+    until_converged: bool = False,
+    tensorboard: bool = False,
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH=VALUE")] = (),
 ) -> Trained:
     """Train a diffusion model. The same command continues a run that was stopped.
@@ -85,6 +88,9 @@ def train(
         channels: 1, 3 or 4 for images, 1 for mono; arrays: how many there are, where their shape does not tell.
         strict: Refuse a folder with a file that cannot be read instead of skipping it.
         change: Go on with the run that is there although its length, optimiser, objective or average were others.
+        until_converged: Stop when the held-out loss no longer improves measurably; --steps or --images is then the most
+            (default: ten times the recipe's).
+        tensorboard: Also write curves and previews for TensorBoard.
         set: Change one setting of the recipe, such as optimiser.lr=0.001; may be repeated.
 
     Returns:
@@ -97,8 +103,10 @@ def train(
     from ..data import open_dataset
     from ..pipeline import REGISTRIES
     from ..training import make_recipe, run_training
-    from ..training.recipe import with_length
+    from ..training.recipe import with_convergence, with_length
 
+    if until_converged and minutes is not None:
+        raise UndiffuseError("--until-converged has no time budget: give --images or --steps as the longest")
     if sum(limit is not None for limit in (steps, images, minutes)) > 1:
         raise UndiffuseError("--steps, --images and --minutes are three ways to say how long: give one")
     given = {
@@ -119,8 +127,13 @@ def train(
     }
     words = ["undiffuse", "train", data]
     words += [word for name, value in given.items() if value is not None for word in (name, str(value))]
-    words += ["--strict"] if strict else []
-    words += ["--change"] if change else []
+    flags = {
+        "--strict": strict,
+        "--change": change,
+        "--until-converged": until_converged,
+        "--tensorboard": tensorboard,
+    }
+    words += [name for name, given in flags.items() if given]
     words += [word for setting in set for word in ("--set", setting)]
     dataset = open_dataset(
         data,
@@ -135,6 +148,8 @@ def train(
     chosen = make_recipe(recipe, dataset.spec, len(dataset), model_size)
     chosen = override(chosen, set, REGISTRIES)
     chosen = with_length(chosen, steps=steps, images=images, batch_size=batch_size)
+    if until_converged:
+        chosen = with_convergence(chosen, given_length=steps is not None or images is not None)
     folder = Path(out) if out is not None else Path("runs") / (Path(data).stem if Path(data).exists() else data)
     with _screen() as (say, progress):
         result = run_training(
@@ -147,6 +162,7 @@ def train(
             change=change,
             data=data,
             command=shlex.join(words),
+            tensorboard=tensorboard,
             say=say,
             progress=progress,
         )
@@ -158,6 +174,7 @@ def report(result: Trained) -> str:
     return (
         f"{result.path}: {result.state}, {result.step:,} updates, {result.images:,} images, "
         f"{result.seconds:.0f} s{loss}\n"
+        f"  look: {shlex.quote(str(result.path / 'report.html'))}\n"
         f"  next: undiffuse sample {shlex.quote(str(result.path))}"
     )
 

@@ -63,6 +63,10 @@ class Dataset(ABC):
         cond = {} if labels is None else {"classes": torch.from_numpy(labels)}
         return self.spec.to_model(values), cond
 
+    def origin(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Where these items are in the whole that was opened, int64: a part of a data set counts its own items."""
+        return positions(indices, len(self))
+
     def describe(self) -> str:
         """One line: ``1,797 images 8x8x1 uint8 [0, 16], 10 classes``."""
         spec, count = self.spec, len(self)
@@ -177,6 +181,9 @@ class Subset(Dataset):
 
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         return self._whole.read(self._indices[positions(indices, len(self))])
+
+    def origin(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        return self._whole.origin(self._indices[positions(indices, len(self))])
 
 
 def check_labels(labels: np.ndarray, count: int, classes: tuple[str, ...], name: str) -> np.ndarray:

@@ -1,8 +1,10 @@
 """Training: a recipe, the loop, and a run folder that can be continued at any time."""
 
 from .checkpoint import Lock, newest, save
+from .convergence import Forecast, forecast
 from .draws import batch_indices, draw
 from .ema import EMA
+from .held_out import Curve, Evaluation, HeldOut, Probe, divide
 from .proof import Proof, prove_resume
 from .recipe import Averaging, Model, Objective, Optimiser, Plan, Recipe, Training
 from .recipes import RECIPES, make_recipe
@@ -13,12 +15,17 @@ __all__ = [
     "EMA",
     "RECIPES",
     "Averaging",
+    "Curve",
     "Diverged",
+    "Evaluation",
+    "Forecast",
+    "HeldOut",
     "Lock",
     "Model",
     "Objective",
     "Optimiser",
     "Plan",
+    "Probe",
     "Progress",
     "Proof",
     "Recipe",
@@ -27,7 +34,9 @@ __all__ = [
     "Training",
     "Update",
     "batch_indices",
+    "divide",
     "draw",
+    "forecast",
     "make_recipe",
     "newest",
     "prove_resume",

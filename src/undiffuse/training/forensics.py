@@ -101,7 +101,9 @@ def scene(trainer: Trainer, step: int) -> Scene:
     x0, given = trainer.read(step - 1)
     given = {name: values.to(trainer.device) for name, values in given.items()}
     t, eps, cond = trainer.noised(step - 1, given)
-    return Scene(step, trainer.seed, torch.from_numpy(indices), x0.to(trainer.device), t, eps, cond)
+    return Scene(
+        step, trainer.seed, torch.from_numpy(trainer.dataset.origin(indices)), x0.to(trainer.device), t, eps, cond
+    )
 
 
 def replay(denoiser: Denoiser, recipe: Recipe, scene: Scene, usual: float | None = None) -> Autopsy:

@@ -20,6 +20,7 @@ from ..errors import UndiffuseError
 from ..pipeline import REGISTRIES, resolve_device
 from . import checkpoint
 from .draws import batch_indices, draw
+from .held_out import divide
 from .recipe import Plan, Recipe
 from .trainer import Snapshot, Trainer
 
@@ -84,6 +85,7 @@ def prove_resume(run: str | Path, dataset: Dataset, *, updates: int = 4, device:
     if fingerprint != dataset.fingerprint:
         raise UndiffuseError(f"{run}: was trained on other data, or on data that have changed since")
     device, begin = resolve_device(device), found.snapshot()
+    dataset, _ = divide(dataset, recipe.training)
 
     def trainer(snapshot: Snapshot, where: Path) -> Trainer:
         made = Trainer(dataset, recipe, seed=seed, device=device, plan=Plan(None))

@@ -142,7 +142,11 @@ class Training:
         batch_size: images an update, over all devices and accumulated parts.
         accumulation: parts in which a batch is computed, to save memory; changes the result only by rounding.
         precision: ``float32``, or ``bf16``: matrix products in bfloat16, all else in float32.
-        log_every, preview_every, checkpoint_every: in updates; 0 for never (there is always a checkpoint at the end).
+        until_converged: stop when the held-out loss no longer improves measurably (:mod:`.convergence`); ``images`` is
+            then the longest that this may take.
+        held_out: at most so many items, and at most a tenth, are not trained on and measured instead; 0 for none.
+        log_every, preview_every, checkpoint_every, evaluate_every: in updates; 0 for never (there is always a
+            checkpoint at the end).
         keep: how many of the newest checkpoints are kept.
         milestone_every: in updates; these checkpoints are never removed. 0 for none.
         previews: samples in a preview picture.
@@ -155,9 +159,12 @@ class Training:
     batch_size: int = 128
     accumulation: int = 1
     precision: Literal["float32", "bf16"] = "float32"
+    until_converged: bool = False
+    held_out: int = 1000
     log_every: int = 20
     preview_every: int = 1000
     checkpoint_every: int = 1000
+    evaluate_every: int = 500
     keep: int = 2
     milestone_every: int = 0
     previews: int = 64
@@ -169,7 +176,7 @@ class Training:
         check(not 0 <= self.skip_share <= 1, f"skip_share={self.skip_share} must be in [0, 1]")
         for name in ("images", "batch_size", "accumulation", "log_every", "keep", "previews", "skip_in_row"):
             check(getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("preview_every", "checkpoint_every", "milestone_every"):
+        for name in ("preview_every", "checkpoint_every", "evaluate_every", "milestone_every", "held_out"):
             check(getattr(self, name) < 0, f"{name}={getattr(self, name)} must be at least 0")
         check(self.batch_size > 1_000_000, f"batch_size={self.batch_size} must be at most 1,000,000")
         check(
@@ -230,10 +237,15 @@ class Recipe:
     sampling: Sampling = Sampling()
 
     def check(self, spec: DataSpec) -> None:
-        """Raise for what the parts refuse only together: prediction with schedule, grid and steps with schedule."""
+        """Raise for what the parts refuse only together: prediction with schedule, grid and steps with schedule,
+        convergence with a learning rate that never falls."""
         self.model.prediction.check(self.model.schedule)
         self.sampling.grid.times(self.model.schedule, self.sampling.steps)
         self.model.config(spec)
+        check(
+            self.training.until_converged and self.optimiser.decay == "constant",
+            "training.until_converged needs a learning rate that falls at the end: set optimiser.decay=linear",
+        )
 
     def cost(self, spec: DataSpec) -> str:
         """Parameters and FLOPs: ``0.25 M parameters, 0.012 GFLOP per forward pass``."""
@@ -293,4 +305,16 @@ def with_length(recipe: Recipe, *, steps: int | None, images: int | None, batch_
         recipe,
         training=replace(recipe.training, images=images),
         optimiser=replace(recipe.optimiser, warmup=warmup),
+    )
+
+
+def with_convergence(recipe: Recipe, *, given_length: bool) -> Recipe:
+    """The recipe for a run that stops when it has converged: ten times as long at most, unless a length was given, and
+    with a learning rate that falls at its end."""
+    images = recipe.training.images * (1 if given_length else 10)
+    decay = "linear" if recipe.optimiser.decay == "constant" else recipe.optimiser.decay
+    return replace(
+        recipe,
+        training=replace(recipe.training, until_converged=True, images=images),
+        optimiser=replace(recipe.optimiser, decay=decay),
     )

@@ -41,7 +41,13 @@ def digits(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
         objective=Objective(times=Stratified(LogitNormalTimes(0.0, 1.0))),
         optimiser=Optimiser(lr=2e-3, warmup=6_400, decay="cosine"),
         training=Training(
-            images=128_000, batch_size=128, log_every=20, preview_every=250, checkpoint_every=250, previews=64
+            images=128_000,
+            batch_size=128,
+            log_every=20,
+            preview_every=250,
+            checkpoint_every=250,
+            previews=64,
+            evaluate_every=100,
         ),
         ema=Averaging(half_life=25_000),
         sampling=Sampling(solver=DPMpp2M(), grid=Uniform(), steps=20, guidance_scale=1.25),
@@ -56,7 +62,13 @@ def mnist(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
         objective=Objective(times=Stratified(LogitNormalTimes(0.0, 1.0))),
         optimiser=Optimiser(lr=1e-3, warmup=25_600, decay="cosine"),
         training=Training(
-            images=1_200_000, batch_size=128, log_every=20, preview_every=500, checkpoint_every=500, previews=64
+            images=1_200_000,
+            batch_size=128,
+            log_every=20,
+            preview_every=500,
+            checkpoint_every=500,
+            previews=64,
+            evaluate_every=250,
         ),
         ema=Averaging(half_life=50_000),
         sampling=Sampling(solver=DPMpp2M(), grid=Uniform(), steps=25, guidance_scale=1.5),
@@ -105,7 +117,15 @@ def tiny(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
         model=Model(size=size or "tiny", condition_width=8),
         objective=Objective(),
         optimiser=Optimiser(lr=2e-3, warmup=32, decay="cosine"),
-        training=Training(images=320, batch_size=16, log_every=5, preview_every=10, checkpoint_every=10, previews=16),
+        training=Training(
+            images=320,
+            batch_size=16,
+            log_every=5,
+            preview_every=10,
+            checkpoint_every=10,
+            previews=16,
+            evaluate_every=10,
+        ),
         ema=Averaging(half_life=1000),
         sampling=Sampling(solver=DPMpp2M(), grid=Uniform(), steps=5),
     )

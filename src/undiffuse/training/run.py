@@ -2,7 +2,9 @@
 
     config.json  command.txt  env.json      what was asked for, and where it ran
     log.txt  metrics.jsonl  status.json     what happened; the metrics are those of a run that was never stopped
-    samples/  checkpoints/  model/          previews from fixed noise; the state; the averaged weights as a pipeline
+    held_out.jsonl  report.html             loss on what is not trained on; all of it as one page
+    samples/  checkpoints/  model/  best/   previews from fixed noise; the state; the averaged weights as a pipeline,
+                                            and those with the lowest held-out loss
     nan/                                    what is known of an update that was not finite (forensics)
 
 Calling :func:`run_training` again with the same arguments continues it.
@@ -20,10 +22,10 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -42,7 +44,11 @@ from ..objectives import overlap
 from ..outputs import suffixes, write_samples
 from ..pipeline import BATCH, REGISTRIES, Pipeline, resolve_device
 from . import checkpoint, forensics, memory
+from .convergence import Forecast, constant_from, cool_down, forecast
+from .held_out import Curve, HeldOut, Probe, divide, probe
 from .recipe import Plan, Recipe, kind_of
+from .report import REFRESH, Report
+from .track import TensorBoard
 from .trainer import Diverged, Snapshot, Trainer
 
 PREVIEW_SEED = 0
@@ -108,6 +114,8 @@ def run_training(
     change: bool = False,
     data: str | None = None,
     command: str = "",
+    probes: Sequence[Probe] = (),
+    tensorboard: bool = False,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Result:
@@ -122,6 +130,8 @@ def run_training(
             its last checkpoint on they are these, and the learning rate is that of a run planned with the new length.
         data: what the user called the data, for the records.
         command: the command line, for the records.
+        probes: quality metrics, measured with the held-out loss.
+        tensorboard: also write the curves and previews for TensorBoard, into ``tensorboard/``.
         say: called with each line for people; progress: called after each update.
 
     Raises:
@@ -140,10 +150,26 @@ def run_training(
         raise UndiffuseError(f"{out}: has files of something else; choose another --out")
     device = resolve_device(device)
     recipe.check(dataset.spec)  # all that can be refused is refused before anything is written
+    tracker = TensorBoard(out / "tensorboard") if tensorboard else None
+    if recipe.training.until_converged and minutes is not None:
+        raise UndiffuseError("a run until convergence has no time budget: give it --images or --steps as the longest")
+    train, held_out = divide(dataset, recipe.training)
+    if recipe.training.until_converged and held_out is None:
+        raise UndiffuseError(
+            f"{dataset.name}: convergence is judged on held-out items, and there are none: it needs 100 items, "
+            "training.held_out of 10 or more and training.evaluate_every"
+        )
     out.mkdir(parents=True, exist_ok=True)
     with checkpoint.Lock(out):
-        run = _Run(dataset, recipe, out, seed, device, minutes, change, data or dataset.name, say, progress)
-        return run.train(command)
+        run = _Run(
+            dataset, train, held_out, recipe, out, seed, device, minutes, change, data or dataset.name, say, progress
+        )
+        run.probes, run.tracker = probes, tracker
+        try:
+            return run.train(command)
+        finally:
+            if tracker is not None:
+                tracker.close()
 
 
 class _Run:
@@ -152,6 +178,8 @@ class _Run:
     def __init__(
         self,
         dataset: Dataset,
+        train: Dataset,
+        held_out: Dataset | None,
         recipe: Recipe,
         out: Path,
         seed: int,
@@ -173,6 +201,7 @@ class _Run:
             "seed": seed,
             "minutes": minutes,
             "dataset": {"fingerprint": dataset.fingerprint, "items": len(dataset), "spec": dataset.spec.to_json()},
+            "held_out": None if held_out is None else {"fingerprint": held_out.fingerprint, "items": len(held_out)},
         }
         found = checkpoint.newest(self.checkpoints)
         if found is None and checkpoint.listed(self.checkpoints):
@@ -180,8 +209,8 @@ class _Run:
                 f"{self.checkpoints}: none of the checkpoints is whole; restore one, or remove the folder to begin anew"
             )
         changes = [] if found is None else self._changes(found, change)
-        plan = Plan(None) if minutes is not None else None
-        self.trainer = Trainer(dataset, recipe, seed=seed, device=device, plan=plan)
+        plan = Plan(None) if minutes is not None or recipe.training.until_converged else None
+        self.trainer = Trainer(train, recipe, seed=seed, device=device, plan=plan)
         self.machine = {
             "torch": torch.__version__,
             "device": self.trainer.device.type,
@@ -191,11 +220,18 @@ class _Run:
         self.seconds_before = 0.0
         self.last_loss: float | None = None
         self.changed: list[str] = []  # what was changed, and after which update
+        self.held_out = None if held_out is None else HeldOut(held_out, recipe, device)
+        self.curve = Curve()
+        self.whole = dataset
+        self.probes: Sequence[Probe] = ()
+        self.tracker: TensorBoard | None = None
         if found is not None:
             self.trainer.restore(found.snapshot(), str(found.path))
             self._recall(found)
             if any(change.startswith(("recipe.training.images", "minutes")) for change in changes):
                 self._replan()
+            if any(change.startswith("recipe.objective") for change in changes):
+                self.curve = Curve()  # losses of another objective cannot be compared
             self.changed += [f"{change}, after update {self.trainer.step:,}" for change in changes]
         self.resumed_from = self.saved = self.trainer.step
         self.last_good = found.path if found else None
@@ -205,6 +241,8 @@ class _Run:
         self.speed = 0.0
         self.log = _Lines(out / "log.txt")
         self.metrics = _Lines(out / "metrics.jsonl")
+        self.evaluations = _Lines(out / "held_out.jsonl")
+        self.report = Report(out, recipe)
         self.tell = say
         self.begun = time.monotonic()
 
@@ -224,19 +262,25 @@ class _Run:
         if trainer.finished:
             self._export_if_older()
             self._status("finished")
+            self._report("finished")
             self.say(
                 f"{self.out}: finished already, after {trainer.images:,} images; choose another --out to train anew"
             )
             return self._result()
         self._describe(command)
-        for line in header(trainer, self.out, self.data):
+        for line in header(trainer, self.out, self.data, self._held_out_line()):
             self.say(line)
         if self.resumed_from:
             self.say(f"resumed    after update {trainer.step:,}, {trainer.images:,} images")
             for change in self.changed:
                 self.say(textwrap.fill(f"changed    {change}", 80, subsequent_indent=" " * 11))
         self.metrics.truncate(lambda line: json.loads(line)["step"] <= trainer.step)
+        if self.held_out is not None:
+            self.evaluations.rewrite([json.dumps(row, allow_nan=False) for row in self.curve.to_json()["rows"]])
         self._status("running")
+        if self.tracker is not None:
+            self.tracker.begin(trainer.step)
+        reported = time.monotonic() - 0.9 * REFRESH  # the first page soon
         previewed, written = trainer.step, time.monotonic()
         logged = planning = time.monotonic()
         logged_step, first = trainer.step, trainer.step
@@ -246,7 +290,7 @@ class _Run:
                     if update.skipped:
                         self.say(f"warning: update {update.step} was not finite and is skipped: {self._examine()}")
                     now = time.monotonic()
-                    if trainer.plan.images is None:
+                    if self.minutes is not None and trainer.plan.images is None:
                         float(update.loss)  # waits for the device, so that the clock is right
                         if update.step <= first + 2:
                             planning = time.monotonic()  # the first updates are slower than the rest
@@ -259,6 +303,13 @@ class _Run:
                         self.speed = (update.step - logged_step) * training.batch_size / max(1e-9, now - logged)
                         self._record(update.lr, float(update.norm))
                         logged, logged_step = now, update.step
+                    now = time.monotonic()
+                    due = training.evaluate_every and update.step % training.evaluate_every == 0
+                    if self.held_out is not None and (due or last):
+                        trainer.check()
+                        self._evaluate(self.held_out)
+                    if training.until_converged and trainer.plan.images is None:
+                        self._cool_down()
                     due = training.preview_every and update.step % training.preview_every == 0
                     if due or (last and previewed < update.step):
                         previewed = update.step
@@ -276,6 +327,10 @@ class _Run:
                     if now - written > 2:
                         self._status("running")
                         written = now
+                    if now - reported > REFRESH and not last:
+                        self._report("running")
+                        reported = time.monotonic()
+                        logged += reported - now
                     self.progress(self._where())
                     if caught:
                         break
@@ -285,22 +340,28 @@ class _Run:
                     self._settle(wait=True, must=True)
                 if caught and not trainer.finished:
                     self._status("stopped")
+                    self._report("stopped")
                     self.say(f"stopped    after update {trainer.step:,}, saved; resume with the same command")
                     raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(128 + caught[0])
             except Diverged as error:
                 self._close()
                 message = f"{self.out}: {error}; likely cause: {self._examine()}; {self._last_good()}"
                 self.log.append(f"failed: {message}")
+                self._report("failed", message)
                 raise Diverged(message) from None
             except Exception as error:
                 self._close()
-                if not memory.is_out_of_memory(error):
+                message = str(error)
+                if out_of_memory := memory.is_out_of_memory(error):
+                    remedy = memory.smaller_batch(training.batch_size, training.accumulation)
+                    message = f"{self.out}: out of memory after update {trainer.step}; {remedy}; {self._last_good()}"
+                    self.log.append(f"failed: {message}")
+                self._report("failed", message)
+                if not out_of_memory:
                     raise
-                remedy = memory.smaller_batch(training.batch_size, training.accumulation)
-                message = f"{self.out}: out of memory after update {trainer.step}; {remedy}; {self._last_good()}"
-                self.log.append(f"failed: {message}")
                 raise UndiffuseError(message) from None
         self._status("finished")
+        self._report("finished")
         return self._result()
 
     def _last_good(self) -> str:
@@ -387,6 +448,43 @@ class _Run:
             "images_per_second": round(self.speed, 1),
         }
         self.metrics.append(json.dumps(row, allow_nan=False))
+        if self.tracker is not None:
+            self.tracker.scalars(self.trainer.step, {f"training/{k}": v for k, v in row.items() if k != "step"})
+
+    def _held_out_line(self) -> str:
+        if self.held_out is None:
+            return "nothing: all items are trained on, so there is no held-out loss and no best/"
+        return self.held_out.describe(self.whole)
+
+    def _evaluate(self, held_out: HeldOut) -> None:
+        """One point of the held-out curve; the averaged weights as ``best/`` if they are."""
+        row, losses = held_out.evaluate(self.trainer, self.curve)
+        if self.probes:
+            row = replace(row, probes=probe(self.probes, self.trainer.pipeline()))
+        if self.curve.add(row, losses):
+            with _tolerant(f"{self.out / 'best'} could not be written"):
+                self.trainer.pipeline({"held_out_loss": row.ema}).save(self.out / "best")
+        self.evaluations.append(json.dumps(asdict(row), allow_nan=False))
+        if self.tracker is not None:
+            self.tracker.evaluation(row)
+
+    def _forecast(self) -> Forecast | None:
+        begin = constant_from(self.recipe, self.trainer.plan)
+        return None if begin is None else forecast(self.curve.rows, begin)
+
+    def _cool_down(self) -> None:
+        """Once a run until convergence has converged, or must end, plan its end."""
+        trainer, estimate = self.trainer, self._forecast()
+        plan = cool_down(self.recipe, trainer.images, estimate)
+        if plan is None or plan.images is None:
+            return
+        trainer.plan = plan
+        why = "the longest run allowed is near" if estimate is None or not estimate.converged else str(estimate)
+        self.say(f"cool-down  {why}; the learning rate falls to 0 over {plan.images - plan.start:,} images")
+
+    def _report(self, state: str, error: str = "") -> None:
+        with _tolerant(f"{self.out / 'report.html'} could not be written"):
+            self.report.write(state, self._where(), self.curve, self._forecast(), self.held_out, self.probes, error)
 
     def _preview(self) -> None:
         """What ``undiffuse sample`` would write for the average as it is now, by the very same path."""
@@ -399,6 +497,8 @@ class _Run:
             write_samples(
                 target, pipeline, number, PREVIEW_SEED, None, pipeline.sampling, BATCH, None, str(self.out), options
             )
+            if self.tracker is not None and suffix == ".png":
+                self.tracker.picture(self.trainer.step, target)
 
     def _save(self) -> None:
         """Begin to write a checkpoint, and the averaged weights as ``model/``: copied now, written by a thread while
@@ -411,6 +511,7 @@ class _Run:
             "machine": self.machine,
             "seconds": self.seconds,
             "loss": _finite(self.last_loss),
+            "held_out": self.curve.to_json(),
         }
         written = self.writer.submit(self._write, trainer.snapshot().copy(), trainer.pipeline(), run)
         self.writing = trainer.step, written
@@ -418,6 +519,7 @@ class _Run:
     def _write(self, snapshot: Snapshot, pipeline: Pipeline, run: Mapping[str, Any]) -> None:
         """In the writer's thread."""
         self.metrics.flush()
+        self.evaluations.flush()
         keep, milestone_every = self.recipe.training.keep, self.recipe.training.milestone_every
         self.last_good = checkpoint.save(self.checkpoints, snapshot, run, keep, milestone_every)
         self.saved = snapshot.numbers["step"]
@@ -470,7 +572,9 @@ class _Run:
         try:
             there, here = found.state["identity"], json.loads(json.dumps(self.identity))
             data = there["dataset"]
-            # A checkpoint of an earlier version lacks the settings that are new; they have their defaults there.
+            # A checkpoint of an earlier version lacks the settings that are new; they have their defaults there. Only
+            # what was held out is known: nothing.
+            there["recipe"]["training"].setdefault("held_out", 0)
             stored = from_json(Recipe, there["recipe"], str(found.path), REGISTRIES)
         except (KeyError, TypeError) as error:
             raise UndiffuseError(f"{found.path}: does not say of which run it is ({error} is missing)") from None
@@ -494,8 +598,8 @@ class _Run:
     def _replan(self) -> None:
         """The run is to have another length: the learning rate is, from here on, that of a run planned so (trap R6)."""
         trainer, images = self.trainer, self.recipe.training.images
-        if self.minutes is not None:
-            trainer.plan = Plan(None)  # its speed is measured anew
+        if self.minutes is not None or self.recipe.training.until_converged:
+            trainer.plan = Plan(None)  # its speed is measured, or its convergence judged, anew
             return
         trainer.plan = Plan(images, trainer.plan.start)
         if trainer.finished:
@@ -508,6 +612,7 @@ class _Run:
         try:
             self.seconds_before, self.last_loss = found.state["seconds"], found.state["loss"]
             self.changed = list(found.state["changed"])
+            self.curve = Curve.from_json(found.state["held_out"])
             machine = found.state["machine"]
         except KeyError as error:
             raise UndiffuseError(f"{found.path}: lacks {error}, so the run cannot go on exactly") from None
@@ -525,11 +630,13 @@ class _Run:
             )
 
 
-def header(trainer: Trainer, out: Path, data: str) -> list[str]:
-    """Four lines, folded at 80 columns: run, data and model, objective, optimiser."""
+def header(trainer: Trainer, out: Path, data: str, held_out: str) -> list[str]:
+    """Five lines, folded at 80 columns: run, data and model, what is held out, objective, optimiser."""
     recipe, dataset, plan = trainer.recipe, trainer.dataset, trainer.plan
     model, objective, optimiser, training = recipe.model, recipe.objective, recipe.optimiser, recipe.training
-    if plan.images is None:
+    if plan.images is None and training.until_converged:
+        length = f"until the held-out loss has converged, at most {training.images:,} images"
+    elif plan.images is None:
         length = "as many images as the time allows"
     else:
         epochs = plan.images / len(dataset)
@@ -549,6 +656,7 @@ def header(trainer: Trainer, out: Path, data: str) -> list[str]:
         f"{trainer.seed}, {trainer.device}{threads}, {training.precision}",
         f"data       {data}: {dataset.describe()}; {trainer.config.network} {model.size}{own}, "
         f"{recipe.cost(dataset.spec)}",
+        f"held out   {held_out}",
         f"objective  {kind_of(model.prediction)} prediction, {kind_of(model.schedule)} schedule with "
         f"{terminal_snr_report(model.schedule)}; {kind_of(objective.times)} times, {kind_of(objective.weight)} weight"
         f"{dropped}{extras}; covers {trained:.0%} of the levels of sampling",
@@ -608,6 +716,10 @@ class _Lines:
             if not self.warned:
                 self.warned = True
                 warnings.warn(f"{self.path}: {error.strerror}; lines are missing", UndiffuseWarning, stacklevel=3)
+
+    def rewrite(self, lines: Sequence[str]) -> None:
+        """Replace all lines."""
+        write_bytes_atomic(self.path, "".join(f"{line}\n" for line in lines).encode())
 
     def truncate(self, keep: Callable[[str], bool]) -> None:
         """Keep the lines up to the first that should not be, or that is not whole."""
