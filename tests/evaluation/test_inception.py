@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from undiffuse import UndiffuseError, from_array
+from undiffuse.evaluation import inception
 from undiffuse.evaluation.extraction import FEATURES, extract
-from undiffuse.evaluation.inception import Inception, InceptionFID, load_inception
+from undiffuse.evaluation.features import weights_digest
+from undiffuse.evaluation.inception import Inception, InceptionFID, download_inception, load_inception
+from undiffuse.evaluation.torchfile import read_torch_file
 
 SIZE = 107  # the least that leaves a few positions in the last block; the graph takes any
 
@@ -143,14 +149,78 @@ def test_trap_V1_other_weights_are_refused(tmp_path: Path) -> None:
         load_inception(path)
 
 
-def test_LD2_pickles_are_refused_with_the_command_that_converts(tmp_path: Path) -> None:
-    with pytest.raises(UndiffuseError, match=r"never loaded here; convert it once: python -c .*weights_only=True"):
-        load_inception(tmp_path / "pt_inception-2015-12-05-6726825d.pth")
+def test_the_weights_are_never_fetched_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = from_array(np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3))
-    with pytest.raises(UndiffuseError, match=r"inception needs its weights \(95 MB\): get https://"):
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr(inception, "urlopen", never)
+    with pytest.raises(UndiffuseError, match=r"inception needs its weights \(95 MB\): name the file, or allow"):
         FEATURES["inception"].fit(data)
-    with pytest.raises(UndiffuseError, match="no such file"):
+    with pytest.raises(UndiffuseError, match="no such file; get https://"):
         Inception(weights=str(tmp_path / "nothing.safetensors")).fit(data)
+
+
+def test_a_download_is_checked_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published = tmp_path / "published.pth"
+    torch.save(WEIGHTS, published, _use_new_zipfile_serialization=False)
+    monkeypatch.setattr(inception, "ADDRESS", published.as_uri())
+    with pytest.raises(UndiffuseError, match=r"gave other bytes \(sha256 .*6726825d\.\.\. was expected"):
+        download_inception(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(inception, "BEGINS", hashlib.sha256(published.read_bytes()).hexdigest()[:8])
+    path = download_inception(tmp_path / "cache")
+    published.unlink()
+    assert download_inception(tmp_path / "cache") == path
+    assert weights_digest(load_inception(path)) == weights_digest(load_inception(path, 64))
+    monkeypatch.setattr(inception, "ADDRESS", published.as_uri())
+    with pytest.raises(UndiffuseError, match="cannot be reached"):
+        download_inception(tmp_path / "other")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files_are_read_as_torch_reads_them(tmp_path: Path, zipped: bool) -> None:
+    grid = torch.arange(24.0).reshape(4, 6)
+    tensors = {"whole": grid, "part": grid[1:, ::2], "turned": grid.T, "count": torch.tensor(7), "half": grid.half()}
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    for number, content in enumerate((tensors, module.state_dict())):
+        path = tmp_path / f"{number}.pth"
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        found = read_torch_file(path)
+        assert list(found) == list(content)
+        assert all(torch.equal(found[name], content[name]) for name in content)
+        assert all(found[name].dtype == content[name].dtype for name in content)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_LD2_nothing_in_a_torch_file_is_run(tmp_path: Path, zipped: bool) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "run"),)
+
+    for number, content in enumerate(({"a": Bomb()}, Bomb(), {"a": 3}, [torch.ones(2)])):
+        path = tmp_path / f"{number}.pth"
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(UndiffuseError, match="not a file of plain tensors"):
+            read_torch_file(path)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_LD2_damaged_torch_files_are_refused(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"a": torch.arange(100.0)}, path, _use_new_zipfile_serialization=zipped)
+    content = path.read_bytes()
+    random = np.random.Generator(np.random.PCG64(0))
+    for end in random.integers(0, len(content) - 8, 40):
+        path.write_bytes(content[:end])
+        with pytest.raises(UndiffuseError, match=r"weights\.pth: not a file of plain tensors"):
+            read_torch_file(path)
+    for place in random.integers(0, len(content), 200):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
+        with contextlib.suppress(UndiffuseError):  # refused in one line, or it was in the numbers
+            read_torch_file(path)
 
 
 def test_trap_V2_the_two_inceptions_are_two_metrics(file: Path) -> None:

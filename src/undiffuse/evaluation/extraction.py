@@ -19,9 +19,10 @@ from ..data import Dataset, open_dataset
 from ..data.base import digest
 from ..errors import UndiffuseError, UndiffuseWarning, choose
 from ..weights import read_header, read_weights, write_weights
+from .cache import cache_folder
 from .features import PCA, Extractor, Features, Identity
 from .inception import Inception
-from .learned import LearnedAutoencoder, LearnedClassifier, cache_folder
+from .learned import LearnedAutoencoder, LearnedClassifier
 from .pretrained import CLIP, DINOv2
 
 FEATURES: dict[str, Extractor] = {

@@ -14,15 +14,19 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
+from urllib.request import urlopen
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import write_bytes_atomic
 from ..data import Dataset
 from ..errors import UndiffuseError
 from ..weights import load_into, read_weights
+from .cache import cache_folder
 from .features import Extractor, Features, Pixels
+from .torchfile import read_torch_file
 
 CLASSES = 1008
 TAPS = {64: "pool1", 192: "pool2", 768: "Mixed_6e", 2048: "Mixed_7c"}
@@ -193,24 +197,24 @@ class InceptionFID(nn.Module):
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 ADDRESS = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
-CONVERT = (
-    'convert it once: python -c "import torch, safetensors.torch as s; '
-    "s.save_file(torch.load('{source}', weights_only=True), '{target}')\""
-)
+BEGINS = "6726825d"  # of the sha256 of the file, by torch's convention for such names
+LARGEST = 200_000_000  # bytes; the file has about 95 million
 
 
 def load_inception(path: str | os.PathLike[str], dim: int = 2048) -> InceptionFID:
-    """The network with the weights in the safetensors file ``path``. Raises :class:`UndiffuseError` for any others."""
+    """The network with the weights in ``path``: safetensors, or a ``.pth`` of which only tensors are read.
+
+    Raises :class:`UndiffuseError` for any others than those of the FID.
+    """
     path = Path(path).expanduser()
-    if path.suffix in (".pth", ".pt", ".pkl", ".bin", ".ckpt"):
-        how = CONVERT.format(source=path, target=path.with_suffix(".safetensors"))
-        raise UndiffuseError(f"{path}: a pickle can run code, so it is never loaded here; {how}")
-    tensors = read_weights(path)
+    if not path.is_file():
+        raise UndiffuseError(f"{path}: no such file; get {ADDRESS}")
+    tensors = read_torch_file(path) if path.suffix in (".pth", ".pt") else read_weights(path)
     head = tensors.get("fc.weight")
     if head is not None and len(head) != CLASSES:
         raise UndiffuseError(
             f"{path}: {len(head):,} classes: these are not the weights of the FID but another Inception's (torchvision "
-            f"has 1,000); get {FILE}"
+            f"has 1,000); get {ADDRESS}"
         )
     network = InceptionFID(dim)
     # counters that older files lack and eval mode does not read
@@ -219,24 +223,46 @@ def load_inception(path: str | os.PathLike[str], dim: int = 2048) -> InceptionFI
     return network
 
 
+def download_inception(folder: Path) -> Path:
+    """The weights from their usual address, in ``folder``; what was fetched before is taken. The sha256 is checked."""
+    path = folder / FILE
+    if not path.is_file():
+        try:
+            with urlopen(ADDRESS, timeout=60) as answer:
+                content = answer.read(LARGEST)
+        except OSError as error:
+            raise UndiffuseError(
+                f"{ADDRESS} cannot be reached ({error}); fetch it elsewhere and name the file"
+            ) from None
+        found = hashlib.sha256(content).hexdigest()
+        if not found.startswith(BEGINS):
+            raise UndiffuseError(f"{ADDRESS} gave other bytes (sha256 {found[:8]}..., {BEGINS}... was expected)")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes_atomic(path, content)
+    return path
+
+
 @final
 @dataclass(frozen=True)
 class Inception(Extractor):
     """The features of the FID, the KID and the Inception score.
 
     ``resize``   ``tf1-bilinear`` is the original, ``pil-bicubic`` is clean-fid's; they are two metrics
-    ``weights``   the safetensors file; nothing is ever downloaded unless it is asked for
+    ``weights``   the file; without it, and without ``download``, nothing is fetched and the error says where it is
+    ``download``   fetch the file from its usual address into the cache, once
     """
 
     resize: str = "tf1-bilinear"
     dim: int = 2048
     weights: str | None = None
+    download: bool = False
 
     def fit(self, reference: Dataset, cache: str | os.PathLike[str] | None = None, device: str = "cpu") -> Features:
-        if self.weights is None:
-            how = CONVERT.format(source=FILE, target="inception-2015-12-05.safetensors")
-            raise UndiffuseError(f"inception needs its weights (95 MB): get {ADDRESS}, {how}; then name that file")
-        file = Path(self.weights).expanduser()
+        if self.weights is None and not self.download:
+            raise UndiffuseError(
+                f"inception needs its weights (95 MB): name the file, or allow its download; {ADDRESS}"
+            )
+        file = download_inception(cache_folder(cache)) if self.weights is None else Path(self.weights).expanduser()
         network = load_inception(file, self.dim)
         prepare = Pixels((299, 299), self.resize, (128.0,) * 3, (128.0,) * 3)
         name = f"inception-2015-12-05/{self.resize}" + (f"/{self.dim}" if self.dim != 2048 else "")

@@ -15,7 +15,6 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import final
 
 import numpy as np
@@ -30,6 +29,7 @@ from ..data.base import digest
 from ..errors import UndiffuseError, UndiffuseWarning
 from ..training.draws import batch_indices, generator, lent
 from ..weights import load_into, read_header, read_weights, shapes, write_weights
+from .cache import cache_folder
 from .features import Extractor, Features, ModelUnits
 
 HELD_OUT = 5_000  # at most; a tenth of the data if that is less
@@ -209,14 +209,6 @@ def _size(data: Dataset) -> tuple[int, int]:
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
-
-
-def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
-    """Where what can be made again is kept: ``given``, ``$UNDIFFUSE_CACHE``, or ``undiffuse`` in the user's cache."""
-    chosen = given or os.environ.get("UNDIFFUSE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "undiffuse"
 
 
 def learned(
