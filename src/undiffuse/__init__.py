@@ -165,7 +165,14 @@ if TYPE_CHECKING:
 
     # evaluation
     from .evaluation.features import Extractor as Extractor
+    from .evaluation.features import PCA as PCA
     from .evaluation.features import Features as Features
+    from .evaluation.features import Identity as Identity
+    from .evaluation.inception import Inception as Inception
+    from .evaluation.learned import LearnedAutoencoder as LearnedAutoencoder
+    from .evaluation.learned import LearnedClassifier as LearnedClassifier
+    from .evaluation.pretrained import CLIP as CLIP
+    from .evaluation.pretrained import DINOv2 as DINOv2
     from .evaluation.extraction import FEATURES as FEATURES
     from .evaluation.extraction import extract as extract
     from .evaluation.extraction import make_features as make_features

@@ -120,7 +120,8 @@ def test_labels_that_say_nothing_are_reported(tmp_path: Path) -> None:
 
 
 def test_the_autoencoder_explains_the_data(digits: Dataset, cache: Path) -> None:
-    unlabelled = from_array(digits.values(range(len(digits))))
+    with pytest.warns(UndiffuseWarning, match="the range is taken"):
+        unlabelled = from_array(digits.values(range(len(digits))))
     features = LearnedAutoencoder(SHORT).fit(unlabelled, cache)
     assert float(features.facts["held_out_variance_explained"]) > 0.5
     network = features.network
