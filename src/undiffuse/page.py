@@ -406,7 +406,7 @@ p { margin: 8px 0; overflow-wrap: anywhere } .lead, .note, figcaption { color: v
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); margin: 16px 0;
   background: var(--card); border: 1px solid var(--rule); border-radius: 8px; overflow: hidden }
 .facts div { padding: 10px 12px; box-shadow: 0 0 0 .5px var(--rule) } dt { color: var(--soft); font-size: .8rem }
-dd { margin: 0; font-size: 1.1rem; font-weight: 600; overflow-wrap: anywhere; font-variant-numeric: tabular-nums }
+dd { margin: 0; font-size: 1rem; font-weight: 600; overflow-wrap: anywhere; font-variant-numeric: tabular-nums }
 .notice { background: var(--card); border: 1px solid var(--rule); border-left: 4px solid var(--tone); padding: 8px 12px;
   border-radius: 6px } .notice b { color: var(--tone); display: inline-block; min-width: 1em }
 .good { --tone: var(--good) } .warn { --tone: var(--warn) } .bad { --tone: var(--bad) } .info { --tone: var(--info) }

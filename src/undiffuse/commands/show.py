@@ -92,6 +92,7 @@ def report(shown: Shown) -> str:
             f"  data      {run.data or '-'}",
             f"  progress  step {'-' if run.step is None else run.step}, {seen} images, loss {loss}",
             f"  size      {short_bytes(run.size_bytes)}",
+            *([f"  report    {shown.files['report.html']}"] if "report.html" in shown.files else []),
         ]
     if shown.command:
         lines.append(f"  command   {shown.command}")

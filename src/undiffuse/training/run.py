@@ -480,7 +480,8 @@ class _Run:
             return
         trainer.plan = plan
         why = "the longest run allowed is near" if estimate is None or not estimate.converged else str(estimate)
-        self.say(f"cool-down  {why}; the learning rate falls to 0 over {plan.images - plan.start:,} images")
+        line = f"cool-down  {why}; the learning rate falls to 0 over {plan.images - plan.start:,} images"
+        self.say(textwrap.fill(line, 80, subsequent_indent=" " * 11, break_on_hyphens=False))
 
     def _report(self, state: str, error: str = "") -> None:
         with _tolerant(f"{self.out / 'report.html'} could not be written"):
