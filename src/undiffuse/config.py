@@ -256,7 +256,7 @@ def _from_text(hint: Any, text: str, registries: Registries, place: _Place) -> A
     """The value of a field from the command line: JSON where the text looks like it, else the field's own reading."""
     members = [member for member in _members(hint) if member is not type(None)]
     if text.lstrip()[:1] in ("{", "[") and members != [str]:
-        return _decode(hint, _parse(text, f"{place.source}: {place.path}"), registries, place, _json_leaf)
+        return _decode(hint, parse_json(text, f"{place.source}: {place.path}"), registries, place, _json_leaf)
     empty = text.strip().lower() == "none" and type(None) in _members(hint)
     if all(typing.get_origin(member) in (tuple, list) for member in members) and not empty:
         parts = [part.strip() for part in text.split(",")] if text.strip() else []
@@ -305,7 +305,7 @@ def _text_leaf(hint: Any, text: str, place: _Place) -> Any:
 def _free(text: str) -> Any:
     """Untyped text: what JSON makes of it, else the text itself."""
     try:
-        return _parse(text, "value")
+        return parse_json(text, "value")
     except UndiffuseError:
         return text
 
@@ -346,10 +346,12 @@ def load_json(path: str | os.PathLike[str]) -> Any:
         raise UndiffuseError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     if not text.strip():
         raise UndiffuseError(f"{path}: empty")
-    return _parse(text, str(path))
+    return parse_json(text, str(path))
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
+    """JSON, strictly: a key that stands there twice, a number that is not finite and deep nesting are refused."""
+
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(items)
         if len(table) < len(items):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .conditions import Conditions
-from .config import from_json, load_json, to_json, write_json_atomic
+from .config import from_json, load_json, parse_json, to_json, write_json_atomic
 from .data.spec import DataSpec
 from .denoiser import INPUT_SCALES, LABELS, Denoise, Denoiser, InputScale, Label
 from .editing import below
@@ -295,7 +295,7 @@ class Pipeline:
         header = read_header(weights)
         if "undiffuse" not in header.metadata:
             raise UndiffuseError(f"{weights}: holds weights but not what they mean (schedule, prediction, units)")
-        meaning = json.loads(header.metadata["undiffuse"])
+        meaning = parse_json(header.metadata["undiffuse"], str(weights))
         stated = load_json(described)
         if not isinstance(stated, dict) or not isinstance(meaning, dict):
             raise UndiffuseError(f"{described}: must be a JSON object")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from .config import write_bytes_atomic
-from .errors import UndiffuseError
+from .errors import UndiffuseError, UndiffuseWarning
 
 LARGEST_HEADER = 10_000_000  # bytes; a model of 10,000 tensors needs about one
 MOST_TENSORS = 100_000
@@ -81,8 +82,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         shapes, dtypes, places = {}, {}, []
         for name, entry in table.items():
             shape, dtype, (begin, end) = entry["shape"], entry["dtype"], entry["data_offsets"]
-            if not all(type(n) is int and n >= 0 for n in [*shape, begin, end]):
-                raise ValueError(f"{name} has a size that is not a whole number")
+            # Multiplied only when small: a million digits take minutes.
+            if len(shape) > 64 or not all(type(n) is int and 0 <= n < 1 << 63 for n in [*shape, begin, end]):
+                raise ValueError(f"{name} has a size that is not a whole number below 2^63")
             if dtype not in TYPES:
                 raise ValueError(f"{name} has the unknown type {dtype}")
             if end - begin != math.prod(shape) * TYPES[dtype].itemsize:
@@ -144,10 +146,20 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str
 
     ``where`` names the file in the message.
     """
-    check_fits(shapes(module.state_dict()), shapes(tensors), where)
+    state = module.state_dict()
+    check_fits(shapes(state), shapes(tensors), where)
     for name, tensor in tensors.items():
+        ours = state[name].dtype
+        if tensor.is_floating_point() != ours.is_floating_point or torch.promote_types(tensor.dtype, ours) != ours:
+            raise UndiffuseError(f"{where}: {name} holds {tensor.dtype}, of which {ours} would lose a part")
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UndiffuseError(f"{where}: {name} holds NaN or infinite numbers; take an earlier checkpoint")
+    if tensors and not any(bool(tensor.any()) for tensor in tensors.values()):
+        warnings.warn(
+            f"{where}: all weights are 0, so it has learned nothing; is it the right file?",
+            UndiffuseWarning,
+            stacklevel=3,
+        )
     module.load_state_dict(dict(tensors))
 
 

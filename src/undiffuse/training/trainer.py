@@ -323,6 +323,9 @@ class Trainer:
             raise UndiffuseError(f"{where}: not the whole state of a trainer ({error})") from None
         for group, tensors in wanted.items():
             check_fits(shapes(tensors), shapes(given[group]), f"{where}/{group}")
+            other = [name for name, like in tensors.items() if given[group][name].dtype != like.dtype]
+            if other:
+                raise UndiffuseError(f"{where}/{group}: {other[0]} is {given[group][other[0]].dtype}")
         self.denoiser.load_state_dict(given["weights"])
         self.ema.denoiser.load_state_dict(given["ema"])
         for name, p in self.parameters.items():
