@@ -80,6 +80,22 @@ def test_trap_V3_a_range_is_never_guessed() -> None:
             features(nan, span=span)
 
 
+@pytest.mark.parametrize("wrong", [np.int64(300), np.int64(-1), np.uint16(65535), np.int8(-5)])
+def test_trap_V3_whole_numbers_out_of_range_do_not_wrap_around(wrong: np.integer) -> None:
+    features = of_pixels(from_array(pictures()).spec)
+    values = np.zeros((2, 8, 8, 3), wrong.dtype)
+    assert features(values).equal(features(values.astype(np.uint8)))
+    values[1, 2, 3, 0] = wrong
+    with pytest.raises(UndiffuseError, match=r"samples leave their range \[0, 255\]"):
+        features(values)
+
+
+def test_masks_are_black_and_white() -> None:
+    features = of_pixels(from_array(pictures()).spec)
+    mask = pictures() > 127
+    assert features(mask).equal(features(np.where(mask, np.uint8(255), np.uint8(0))))
+
+
 def test_trap_V9_both_sides_are_rounded_like_the_data() -> None:
     values = pictures()
     features = of_pixels(from_array(values).spec)
@@ -292,8 +308,9 @@ def test_an_error_in_the_reading_thread_is_the_callers() -> None:
     features = Features("broken", data.spec, ModelUnits(), Broken(), 6)
     with pytest.raises(UndiffuseError, match="broken: the network made NaN"):
         extract(features, data)
-    with pytest.raises(IndexError):
-        extract(of_pixels(data.spec), data, np.array([99]))
+    for source, index in ((data, 99), (data, -1), (pictures(), -1)):
+        with pytest.raises(IndexError):
+            extract(of_pixels(data.spec), source, np.array([index]))
 
 
 def test_fingerprints_know_weights_units_and_preprocessing() -> None:
@@ -381,6 +398,13 @@ class Never(Moments):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         raise AssertionError("the kept features were not used")
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    data = from_array(pictures())
+    with pytest.raises(UndiffuseError, match=r"file: cannot be the cache .*UNDIFFUSE_CACHE"):
+        reference_features(of_pixels(data.spec), data, cache=tmp_path / "file")
 
 
 def test_trap_V8_a_damaged_file_is_made_again(tmp_path: Path) -> None:

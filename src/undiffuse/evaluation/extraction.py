@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..data import Dataset, open_dataset
-from ..data.base import digest
+from ..data.base import digest, positions
 from ..errors import UndiffuseError, UndiffuseWarning, choose
 from ..weights import read_header, read_weights, write_weights
-from .cache import cache_folder
+from .cache import cache_file
 from .features import PCA, Extractor, Features, Identity
 from .inception import Inception
 from .learned import LearnedAutoencoder, LearnedClassifier
@@ -144,7 +144,7 @@ def batches(
         raise UndiffuseError(f"{source.name}: span is for bare arrays, a data set knows its own range")
     else:
         read, spec = source.values, source.spec
-    order = np.arange(len(source)) if indices is None else np.asarray(indices)
+    order = np.arange(len(source)) if indices is None else positions(indices, len(source))
     size = features.batch_size
     portions = [order[start : start + size] for start in range(0, len(order), size)]
 
@@ -220,7 +220,7 @@ def reference_features(
     """
     indices = pick(data, count, plan, seed)
     key = digest("reference 1", features.fingerprint, data.fingerprint, indices.tobytes())
-    path = cache_folder(cache) / f"reference-{key}.safetensors"
+    path = cache_file(cache, f"reference-{key}.safetensors")
     labels = None if data.labels is None else torch.from_numpy(data.labels[indices])
     if path.is_file():
         try:
@@ -234,6 +234,5 @@ def reference_features(
     if found.probabilities is not None:
         tensors["probabilities"] = found.probabilities
     if sum(tensor.nbytes for tensor in tensors.values()) <= LARGEST_KEPT:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_weights(path, tensors, {"key": key, "features": features.name, "data": data.name})
     return Extracted(found.features, found.probabilities, labels, key)

@@ -173,8 +173,7 @@ class Features:
             raise UndiffuseError(f"no samples: the array has shape {list(values.shape)}")
         if values.dtype.kind not in "buif":
             raise UndiffuseError(f"samples of dtype {values.dtype} are no numbers")
-        real = values.dtype.kind == "f"
-        if real != (np.dtype(spec.dtype).kind == "f") or span is not None:
+        if _sort(values.dtype) != _sort(np.dtype(spec.dtype)) or span is not None:
             source = replace(source, dtype=values.dtype.name, **_units(values, spec, span))
         return values, source
 
@@ -215,16 +214,22 @@ class Features:
                     stacklevel=3,
                 )
             return mapped.astype(want, copy=False)
+        if not np.isfinite(mapped).all():
+            raise UndiffuseError("samples hold NaN or infinite values")
+        over = 0.5 if mapped.dtype.kind == "f" else 0
+        if mapped.min() < spec.low - over or mapped.max() > spec.high + over:
+            raise UndiffuseError(
+                f"samples leave their range [{source.low:g}, {source.high:g}]: they span "
+                f"[{values.min():g}, {values.max():g}]; clip them, or say another span"
+            )
         if mapped.dtype.kind == "f":
-            if not np.isfinite(mapped).all():
-                raise UndiffuseError("samples hold NaN or infinite values")
-            if mapped.min() < spec.low - 0.5 or mapped.max() > spec.high + 0.5:
-                raise UndiffuseError(
-                    f"samples leave their range [{source.low:g}, {source.high:g}]: they span "
-                    f"[{values.min():g}, {values.max():g}]; clip them, or say another span"
-                )
             mapped = np.floor(np.clip(mapped, spec.low, spec.high) + 0.5)
         return mapped.astype(want, copy=False)
+
+
+def _sort(dtype: np.dtype) -> str:
+    """Truth values, whole numbers or real numbers: each has a range of its own that stands for a picture."""
+    return "whole" if dtype.kind in "ui" else dtype.kind
 
 
 def _units(values: np.ndarray, spec: DataSpec, span: tuple[float, float] | None) -> dict:

@@ -24,7 +24,7 @@ from ..config import write_bytes_atomic
 from ..data import Dataset
 from ..errors import UndiffuseError
 from ..weights import load_into, read_weights
-from .cache import cache_folder
+from .cache import cache_file
 from .features import Extractor, Features, Pixels
 from .torchfile import read_torch_file
 
@@ -223,9 +223,9 @@ def load_inception(path: str | os.PathLike[str], dim: int = 2048) -> InceptionFI
     return network
 
 
-def download_inception(folder: Path) -> Path:
-    """The weights from their usual address, in ``folder``; what was fetched before is taken. The sha256 is checked."""
-    path = folder / FILE
+def download_inception(cache: str | os.PathLike[str] | None) -> Path:
+    """The weights from their usual address, kept in the cache for the next time; the sha256 is checked."""
+    path = cache_file(cache, FILE)
     if not path.is_file():
         try:
             with urlopen(ADDRESS, timeout=60) as answer:
@@ -237,7 +237,6 @@ def download_inception(folder: Path) -> Path:
         found = hashlib.sha256(content).hexdigest()
         if not found.startswith(BEGINS):
             raise UndiffuseError(f"{ADDRESS} gave other bytes (sha256 {found[:8]}..., {BEGINS}... was expected)")
-        folder.mkdir(parents=True, exist_ok=True)
         write_bytes_atomic(path, content)
     return path
 
@@ -262,7 +261,7 @@ class Inception(Extractor):
             raise UndiffuseError(
                 f"inception needs its weights (95 MB): name the file, or allow its download; {ADDRESS}"
             )
-        file = download_inception(cache_folder(cache)) if self.weights is None else Path(self.weights).expanduser()
+        file = download_inception(cache) if self.weights is None else Path(self.weights).expanduser()
         network = load_inception(file, self.dim)
         prepare = Pixels((299, 299), self.resize, (128.0,) * 3, (128.0,) * 3)
         name = f"inception-2015-12-05/{self.resize}" + (f"/{self.dim}" if self.dim != 2048 else "")

@@ -29,7 +29,7 @@ from ..data.base import digest
 from ..errors import UndiffuseError, UndiffuseWarning
 from ..training.draws import batch_indices, generator, lent
 from ..weights import load_into, read_header, read_weights, shapes, write_weights
-from .cache import cache_folder
+from .cache import cache_file
 from .features import Extractor, Features, ModelUnits
 
 HELD_OUT = 5_000  # at most; a tenth of the data if that is less
@@ -223,7 +223,7 @@ def learned(
     with torch.device("meta"):
         wanted = shapes(build(data).state_dict())
     key = digest(RECIPE, kind, data.fingerprint, repr(data.spec), repr(asdict(budget)), repr(sorted(wanted.items())))
-    path = cache_folder(cache) / f"{kind}-{key}.safetensors"
+    path = cache_file(cache, f"{kind}-{key}.safetensors")  # before the long work: it can be written there
     if path.is_file():
         try:
             with lent(0, kind, 0):
@@ -233,7 +233,6 @@ def learned(
         except (UndiffuseError, SafetensorError, KeyError) as error:
             warnings.warn(f"{error}: it is made again", UndiffuseWarning, stacklevel=2)
     network, facts = train(data, budget)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_weights(path, network.state_dict(), {"facts": json.dumps(facts), "data": data.name})
     return network, facts
 
