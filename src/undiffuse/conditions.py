@@ -18,7 +18,13 @@ from .errors import UndiffuseError, choose
 
 
 class Condition(nn.Module, ABC):
-    """Abstract: raw values ``[B]`` or ``[B, D]`` to an embedding ``[B, width]``, and a null value."""
+    """Abstract: raw values ``[B]`` or ``[B, D]`` to an embedding ``[B, width]``, and a null value.
+
+    ``asked``   whether it is asked for, and so dropped in training and guided to. What was done to the data is not: it
+        is always told in training, and null in sampling.
+    """
+
+    asked = True
 
     @property
     @abstractmethod
@@ -107,7 +113,37 @@ class Vector(Condition):
         return torch.where(null, self.nothing, embedded)
 
 
-CONDITIONS: dict[str, type[Condition]] = {"classes": Classes, "vector": Vector}
+@final
+class Augmentation(Condition):
+    """What was done to a training sample, as ``size`` numbers that are 0 if nothing was. The embedding of 0 is 0, so
+    that sampling, which asks for 0, is that of data to which nothing was done (Karras et al. 2022, appendix F.2)."""
+
+    asked = False
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        if size < 1:
+            raise UndiffuseError(f"an augmentation condition needs at least one number, got {size}")
+        self.size = size
+        self.linear = nn.Linear(size, width, bias=False)
+
+    @property
+    def config(self) -> dict[str, int]:
+        return {"size": self.size}
+
+    def check(self, values: Tensor) -> Tensor:
+        if values.ndim != 2 or values.shape[1] != self.size or not bool(values.isfinite().all()):
+            raise UndiffuseError(f"an augmentation condition takes finite [B, {self.size}], got {list(values.shape)}")
+        return values
+
+    def null(self, batch: int) -> Tensor:
+        return torch.zeros(batch, self.size, device=self.linear.weight.device)
+
+    def embed(self, values: Tensor) -> Tensor:
+        return self.linear(values.to(self.linear.weight.dtype))
+
+
+CONDITIONS: dict[str, type[Condition]] = {"classes": Classes, "vector": Vector, "augmentation": Augmentation}
 """Every kind of condition by name."""
 
 
@@ -125,6 +161,11 @@ class Conditions(nn.Module):
         part = self.parts[name]
         assert isinstance(part, Condition)
         return part
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The names of those that can be asked for."""
+        return tuple(name for name in self.names if self.part(name).asked)
 
     @staticmethod
     def build(config: Mapping[str, Mapping[str, int | str]], width: int) -> Conditions:
@@ -163,6 +204,9 @@ class Conditions(nn.Module):
         null = self.null(u.shape[0])
         kept = {}
         for name, value in values.items():
+            if not self.part(name).asked:
+                kept[name] = value
+                continue
             dropped = (u < rate).to(value.device).reshape((-1,) + (1,) * (value.ndim - 1))
             kept[name] = torch.where(dropped, null[name].to(value.device), value)
         return kept

@@ -340,7 +340,8 @@ class Pipeline:
 
     def check(self, cond: Mapping[str, Tensor], sampling: Sampling) -> None:
         """Raise for settings that this model cannot follow."""
-        if sampling.guidance_scale != 1 and not cond:
+        conditions = self.denoiser.conditions
+        if sampling.guidance_scale != 1 and not (cond and conditions is not None and conditions.asked):
             raise UndiffuseError(
                 f"guidance scale {sampling.guidance_scale} asked of a model without conditions; leave it at 1"
             )

@@ -335,7 +335,7 @@ def test_trap_O5_a_network_that_ignores_an_input_is_refused(to: str, message: st
 def test_reading_ahead_changes_nothing(tmp_path: Path) -> None:
     dataset = points()
     ahead = Trainer(dataset, recipe(dataset))
-    ahead.reads_ahead = True
+    ahead.workers = 2
     assert bits(trained(ahead, 5)) == bits(trained(Trainer(dataset, recipe(dataset)), 5))
     ahead.restore(through_disk(trained(Trainer(dataset, recipe(dataset)), 2), tmp_path).snapshot(), "here")
     assert bits(trained(ahead, 3)) == bits(trained(Trainer(dataset, recipe(dataset)), 5))  # what was read is not used
@@ -358,6 +358,6 @@ def test_the_reader_reports_what_is_wrong_with_the_data(ahead: bool) -> None:
             return values, labels
 
     trainer = Trainer(Broken(), recipe(points()))
-    trainer.reads_ahead = ahead
+    trainer.workers = int(ahead)
     with pytest.raises(UndiffuseError, match="NaN"):
         trainer.update()

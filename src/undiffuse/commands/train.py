@@ -60,6 +60,7 @@ def train(
     labels: str | None = None,
     length: float | None = None,
     channels: int | None = None,
+    workers: int | None = None,
     strict: bool = False,
     change: bool = False,
     until_converged: bool = False,
@@ -86,6 +87,7 @@ def train(
             the first _ or - of a file's name), none, or an attribute in metadata.jsonl.
         length: Seconds to which sounds are cropped or filled with silence (default: what 95 % of them fit into).
         channels: 1, 3 or 4 for images, 1 for mono; arrays: how many there are, where their shape does not tell.
+        workers: Threads that read coming batches (default: what suits the data and the device); changes only the speed.
         strict: Refuse a folder with a file that cannot be read instead of skipping it.
         change: Go on with the run that is there although its length, optimiser, objective or average were others.
         until_converged: Stop when the held-out loss no longer improves measurably; --steps or --images is then the most
@@ -122,6 +124,7 @@ def train(
         "--device": None if device == "auto" else device,
         "--data-root": data_root,
         "--labels": labels,
+        "--workers": workers,
         "--length": length,
         "--channels": channels,
     }
@@ -160,6 +163,7 @@ def train(
             device=device,
             minutes=minutes,
             change=change,
+            workers=workers,
             data=data,
             command=shlex.join(words),
             tensorboard=tensorboard,

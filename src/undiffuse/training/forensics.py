@@ -325,7 +325,7 @@ def investigate(out: str | os.PathLike[str], device: str = "cpu") -> tuple[dict[
         seen = Scene(step, seed, batch["indices"].cpu(), batch["x0"], batch["t"].cpu(), batch["eps"], cond)
     except (KeyError, TypeError) as error:
         raise UndiffuseError(f"{folder}: not whole ({error}); only the run that wrote it can write it again") from None
-    denoiser = recipe.model.config(spec).build()
+    denoiser = recipe.config(spec).build()
     weights = read_weights(folder / "weights.safetensors")
     check_fits(shapes(denoiser.state_dict()), shapes(weights), str(folder / "weights.safetensors"))
     denoiser.load_state_dict(weights)  # these may hold NaN: that is what is looked for

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..data.augment import LABELS, Augment, advice
 from ..data.spec import DataSpec
 from ..denoiser import InputScale, Label, NoScale, TimeLabel
 from ..errors import UndiffuseError, UndiffuseWarning
@@ -53,10 +54,13 @@ class Model:
     condition_width: int = 64
     learned_variance: bool = False
 
-    def config(self, spec: DataSpec) -> ModelConfig:
-        """All that builds the denoiser for data of this spec."""
+    def config(self, spec: DataSpec, told: int = 0) -> ModelConfig:
+        """All that builds the denoiser for data of this spec, which is ``told`` so many numbers of augmentation."""
         classes = len(spec.classes) if self.conditional else 0
-        width = self.condition_width if classes else 0
+        conditions: dict[str, dict[str, Any]] = {"classes": {"kind": "classes", "classes": classes}} if classes else {}
+        if told:
+            conditions["augmentation"] = {"kind": "augmentation", "size": told}
+        width = self.condition_width if conditions else 0
         out = spec.channels * (2 if self.learned_variance else 1)
         name, options = sized(spec.shape, self.size, width, out, self.family)
         with torch.device("meta"):  # only to hear its complaints and its defaults: no weights, no random numbers
@@ -68,7 +72,7 @@ class Model:
             prediction=self.prediction,
             label=self.label,
             input_scale=self.input_scale,
-            conditions={"classes": {"kind": "classes", "classes": classes}} if classes else {},
+            conditions=conditions,
             learned_variance=self.learned_variance,
         )
 
@@ -233,6 +237,7 @@ class Recipe:
     objective: Objective = Objective()
     optimiser: Optimiser = Optimiser()
     training: Training = Training()
+    augment: Augment = Augment()
     ema: Averaging = Averaging()
     sampling: Sampling = Sampling()
 
@@ -241,15 +246,22 @@ class Recipe:
         convergence with a learning rate that never falls."""
         self.model.prediction.check(self.model.schedule)
         self.sampling.grid.times(self.model.schedule, self.sampling.steps)
-        self.model.config(spec)
+        self.config(spec)
         check(
             self.training.until_converged and self.optimiser.decay == "constant",
             "training.until_converged needs a learning rate that falls at the end: set optimiser.decay=linear",
         )
+        self.augment.check(spec)
+        if self.augment.flip and (said := advice(spec, self.augment)):
+            warnings.warn(said, UndiffuseWarning, stacklevel=3)
+
+    def config(self, spec: DataSpec) -> ModelConfig:
+        """All that builds the denoiser for data of this spec."""
+        return self.model.config(spec, LABELS if self.augment.geometric else 0)
 
     def cost(self, spec: DataSpec) -> str:
         """Parameters and FLOPs: ``0.25 M parameters, 0.012 GFLOP per forward pass``."""
-        config = self.model.config(spec)
+        config = self.config(spec)
         with torch.device("meta"):
             return str(describe(build(config.network, config.network_config), spec.shape))
 

@@ -112,6 +112,7 @@ def run_training(
     device: str = "auto",
     minutes: float | None = None,
     change: bool = False,
+    workers: int | None = None,
     data: str | None = None,
     command: str = "",
     probes: Sequence[Probe] = (),
@@ -128,6 +129,7 @@ def run_training(
             rate still ends where the recipe says. None: the recipe's number of images.
         change: go on with the run that is there although its length, optimiser, objective or average were others: from
             its last checkpoint on they are these, and the learning rate is that of a run planned with the new length.
+        workers: threads that read coming batches, None for what suits the data and the device; changes only the speed.
         data: what the user called the data, for the records.
         command: the command line, for the records.
         probes: quality metrics, measured with the held-out loss.
@@ -162,7 +164,19 @@ def run_training(
     out.mkdir(parents=True, exist_ok=True)
     with checkpoint.Lock(out):
         run = _Run(
-            dataset, train, held_out, recipe, out, seed, device, minutes, change, data or dataset.name, say, progress
+            dataset,
+            train,
+            held_out,
+            recipe,
+            out,
+            seed,
+            device,
+            minutes,
+            change,
+            workers,
+            data or dataset.name,
+            say,
+            progress,
         )
         run.probes, run.tracker = probes, tracker
         try:
@@ -186,6 +200,7 @@ class _Run:
         device: str,
         minutes: float | None,
         change: bool,
+        workers: int | None,
         data: str,
         say: Callable[[str], None],
         progress: Callable[[Progress], None],
@@ -210,7 +225,7 @@ class _Run:
             )
         changes = [] if found is None else self._changes(found, change)
         plan = Plan(None) if minutes is not None or recipe.training.until_converged else None
-        self.trainer = Trainer(train, recipe, seed=seed, device=device, plan=plan)
+        self.trainer = Trainer(train, recipe, seed=seed, device=device, plan=plan, workers=workers)
         self.machine = {
             "torch": torch.__version__,
             "device": self.trainer.device.type,
@@ -656,7 +671,7 @@ def header(trainer: Trainer, out: Path, data: str, held_out: str) -> list[str]:
         f"run        {out}: {length} in batches of {training.batch_size}{parts}, recipe {recipe.name}, seed "
         f"{trainer.seed}, {trainer.device}{threads}, {training.precision}",
         f"data       {data}: {dataset.describe()}; {trainer.config.network} {model.size}{own}, "
-        f"{recipe.cost(dataset.spec)}",
+        f"{recipe.cost(dataset.spec)}{f'; augmented: {recipe.augment}' if recipe.augment else ''}",
         f"held out   {held_out}",
         f"objective  {kind_of(model.prediction)} prediction, {kind_of(model.schedule)} schedule with "
         f"{terminal_snr_report(model.schedule)}; {kind_of(objective.times)} times, {kind_of(objective.weight)} weight"

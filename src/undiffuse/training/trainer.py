@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -93,7 +94,7 @@ class Trainer:
     Attributes:
         step: updates done.
         plan: may be set between updates, when a run with a time budget learns its length.
-        reads_ahead: read the next batch in a thread while this one is computed; changes nothing but the speed.
+        workers: threads that read coming batches, one each, while this one is computed; changes nothing but the speed.
         ema: the averaged weights, which are what is sampled from.
         skipped, skipped_in_row: updates that were not finite: in all, and up to the last update.
     """
@@ -109,6 +110,7 @@ class Trainer:
         denoiser: Denoiser | None = None,
         rank: int = 0,
         world: int = 1,
+        workers: int | None = None,
     ) -> None:
         if not len(dataset):
             raise UndiffuseError(f"{dataset.name}: no items to train on")
@@ -119,7 +121,7 @@ class Trainer:
         self.rank = rank
         self.world = world
         self.plan = plan or Plan(recipe.training.images)
-        self.config = recipe.model.config(dataset.spec)
+        self.config = recipe.config(dataset.spec)
         if denoiser is None:
             with lent(seed, "weights", 0):
                 denoiser = self.config.build()
@@ -143,9 +145,12 @@ class Trainer:
         self.loss_count = 0
         self.skipped = self.skipped_in_row = 0
         self._first_bad = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.reads_ahead = self.device.type != "cpu"  # a CPU has nothing else to read with than what computes
-        self._reader = ThreadPoolExecutor(1, "undiffuse-data")
-        self._coming: tuple[int, Future[tuple[Tensor, dict[str, Tensor]]]] | None = None
+        # A CPU has nothing else to read with than what computes; but files make it wait.
+        self.workers = (1 if self.device.type != "cpu" or dataset.streams else 0) if workers is None else workers
+        if self.workers < 0:
+            raise UndiffuseError(f"workers={workers} must be at least 0")
+        self._readers = ThreadPoolExecutor(max(1, self.workers), "undiffuse-data")
+        self._coming: dict[int, Future[tuple[Tensor, dict[str, Tensor]]]] = {}
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -269,7 +274,7 @@ class Trainer:
         seen = {"images": self.images, "step": self.step, "seed": self.seed, "data": self.dataset.name}
         ema = {"ema_half_life": self.recipe.ema.half_life, "ema_ramp": self.recipe.ema.ramp}
         sampling = self.recipe.sampling
-        if not self.config.conditions:
+        if not (self.denoiser.conditions and self.denoiser.conditions.asked):
             sampling = replace(sampling, guidance_scale=1.0)  # nothing to guide to
         return Pipeline(
             self.ema.denoiser,
@@ -339,14 +344,12 @@ class Trainer:
     # --- its parts ----------------------------------------------------------------------------------------------------
 
     def _batch(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """This device's share of the batch of this step; the next one is read while an accelerator computes."""
-        if not self.reads_ahead:
+        """This device's share of the batch of this step; those of the next ones are read meanwhile."""
+        if not self.workers:
             return self.read(self.step)
-        step, future = self._coming or (-1, None)
-        if future is None or step != self.step:
-            future = self._reader.submit(self.read, self.step)
-        x0, cond = future.result()
-        self._coming = (self.step + 1, self._reader.submit(self.read, self.step + 1))
+        steps = range(self.step, self.step + 1 + self.workers)
+        self._coming = {step: self._coming.get(step) or self._readers.submit(self.read, step) for step in steps}
+        x0, cond = self._coming[self.step].result()
         return x0.to(self.device, non_blocking=True), {
             name: values.to(self.device, non_blocking=True) for name, values in cond.items()
         }
@@ -354,8 +357,13 @@ class Trainer:
     def read(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """This device's share of the batch of update ``step`` (from 0): data in model units, conditions; on the CPU."""
         size = self.recipe.training.batch_size
-        indices = batch_indices(self.seed, step, size, len(self.dataset))
-        x0, cond = self.dataset.batch(indices[share(size, self.rank, self.world)])
+        mine = share(size, self.rank, self.world)
+        indices = batch_indices(self.seed, step, size, len(self.dataset))[mine]
+        epochs = np.arange(step * size, (step + 1) * size)[mine] // len(self.dataset)
+        x0, cond = self.dataset.batch(indices)
+        x0, told = self.recipe.augment(x0, self.seed, epochs, indices)
+        if told is not None:
+            cond["augmentation"] = told
         wanted = () if self.denoiser.conditions is None else self.denoiser.conditions.names
         return x0, {name: values for name, values in cond.items() if name in wanted}
 
@@ -376,7 +384,7 @@ class Trainer:
                 "an update, so it cannot learn to denoise; use the label that the network is called with"
             )
         for name, values in cond.items():
-            if torch.equal(y, answer(0.5, **{name: values[:1]})):
+            if not torch.equal(values[:1], null[name]) and torch.equal(y, answer(0.5, **{name: values[:1]})):
                 raise UndiffuseError(
                     f"the network ignores the condition {name!r}: its output is the same with and without it; use the "
                     "vector that the network is called with, or train with model.conditional=false"

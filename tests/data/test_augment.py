@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.pictures import good_folder
+from undiffuse import Pipeline
+from undiffuse.data import Subset, from_array
+from undiffuse.data.augment import LABELS, Augment, advice
+from undiffuse.data.folder import Files, Images
+from undiffuse.data.store import Folder
+from undiffuse.errors import UndiffuseError, UndiffuseWarning
+from undiffuse.training import Trainer, make_recipe
+
+ALL = Augment(flip=0.5, shift=2, geometric=0.5)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.rand(40, 3, 8, 10, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_off_changes_nothing(x: torch.Tensor) -> None:
+    out, told = Augment()(x, 0, [0] * 40, range(40))
+    assert out is x
+    assert told is None
+    assert not Augment()
+
+
+@pytest.mark.parametrize("augment", [Augment(flip=0.5), Augment(shift=2), Augment(geometric=0.5), ALL])
+def test_trap_R9_draws_are_functions_of_seed_epoch_and_index(x: torch.Tensor, augment: Augment) -> None:
+    whole, told = augment(x, 3, [1] * 40, range(40))
+    order = [7, 3, 39, 0]
+    part, same = augment(x[order], 3, [1] * 4, order)
+    torch.testing.assert_close(part, whole[order], rtol=0, atol=1e-6)
+    assert (told is None) == (same is None)
+    if told is not None and same is not None:
+        torch.testing.assert_close(same, told[order])
+    for seed, epoch in ((3, 2), (4, 1)):
+        assert not torch.equal(augment(x, seed, [epoch] * 40, range(40))[0], whole)
+    assert torch.equal(augment(x, 3, [1] * 40, range(40))[0], whole)
+
+
+def test_flips_and_moves_are_exact(x: torch.Tensor) -> None:
+    out, _ = Augment(flip=0.5)(x, 0, [0] * 40, range(40))
+    mirrored = [bool(torch.equal(a, b.flip(-1))) for a, b in zip(out, x, strict=True)]
+    kept = [bool(torch.equal(a, b)) for a, b in zip(out, x, strict=True)]
+    assert [a != b for a, b in zip(mirrored, kept, strict=True)] == [True] * 40
+    assert 8 < sum(mirrored) < 32
+    assert torch.equal(Augment(flip=1.0)(x, 0, [0] * 40, range(40))[0], x.flip(-1))
+    wide = np.pad(x.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode="reflect")
+    out, _ = Augment(shift=2)(x, 0, [0] * 40, range(40))
+    found = set()
+    for index in range(40):
+        places = [
+            (i, j)
+            for i in range(5)
+            for j in range(5)
+            if np.array_equal(wide[index, :, i : i + 8, j : j + 10], out[index].numpy())
+        ]
+        assert len(places) == 1
+        found.add(places[0])
+    assert len(found) > 12  # of 25
+
+
+def test_the_geometric_set_does_what_its_labels_say(x: torch.Tensor) -> None:
+    """Where only one thing was done, it is that which NumPy does by its label."""
+    x = torch.nn.functional.interpolate(x, size=(32, 48), mode="bicubic").repeat(10, 1, 1, 1)  # smooth
+    out, told = Augment(geometric=0.12)(x, 0, [0] * 400, range(400))
+    assert told is not None
+    assert told.shape == (400, LABELS)
+    checked = set()
+    for before, after, label in zip(x.numpy(), out.numpy(), told.numpy(), strict=True):
+        before = before[:, :, ::-1] if label[0] else before
+        before = before[:, ::-1] if label[1] else before
+        rest = label[2:]
+        if not rest.any():  # flips alone are exact
+            np.testing.assert_array_equal(after, before)
+            checked.add("nothing" if not label.any() else "flips")
+            continue
+        used = (rest[0], rest[1:3].any(), rest[3:5].any(), rest[5:].any())
+        done = [name for name, one in zip("srat", used, strict=True) if one]
+        if len(done) > 1:
+            continue
+        y, x_ = np.mgrid[0:32, 0:48] + 0.5
+        u, v = x_ - 24, y - 16  # pixels from the middle
+        if done == ["s"]:
+            u, v = u * 2 ** (-0.2 * rest[0]), v * 2 ** (-0.2 * rest[0])
+        elif done == ["t"]:
+            u, v = u - rest[5] * 48 / 8, v - rest[6] * 32 / 8
+        elif done == ["r"]:
+            c, s = rest[1] + 1, rest[2]
+            u, v = c * u - s * v, s * u + c * v
+        signs = (1, -1) if done == ["a"] else (1,)  # a0 to a7 have two meanings there, and so in the paper
+        errors = []
+        for sign in signs:
+            i, j = v + 16 - 0.5, u + 24 - 0.5
+            if done == ["a"]:
+                strength, angle = np.hypot(rest[3], rest[4]), -np.arctan2(rest[4], rest[3])
+                c, s, by = np.cos(angle), np.sin(angle), 2 ** (sign * 0.2 * strength)
+                along, across = (c * u + s * v) / by, (-s * u + c * v) * by
+                i, j = s * along + c * across + 16 - 0.5, c * along - s * across + 24 - 0.5
+            inside = (i > 1) & (i < 30) & (j > 1) & (j < 46)
+            i0, j0 = np.floor(i).astype(int).clip(0, 30), np.floor(j).astype(int).clip(0, 46)
+            p, q = i - i0, j - j0
+            expected = (
+                before[:, i0, j0] * (1 - p) * (1 - q)
+                + before[:, i0 + 1, j0] * p * (1 - q)
+                + before[:, i0, j0 + 1] * (1 - p) * q
+                + before[:, i0 + 1, j0 + 1] * p * q
+            )
+            errors.append(np.abs(after - expected)[:, inside].mean())
+        assert min(errors) < 0.05, done
+        checked.add(done[0])
+    assert checked == {"nothing", "flips", "s", "r", "a", "t"}
+
+
+def test_what_it_is_not_for() -> None:
+    grey = from_array(np.arange(5 * 64, dtype=np.uint8).reshape(5, 8, 8)).spec
+    series = from_array(np.random.default_rng(0).normal(size=(5, 1, 30))).spec
+    with pytest.raises(UndiffuseError, match="two spatial axes"):
+        replace(make_recipe("tiny", series, 5), augment=Augment(flip=0.5)).check(series)
+    with pytest.raises(UndiffuseError, match="less than the sides"):
+        replace(make_recipe("tiny", grey, 5), augment=Augment(shift=8)).check(grey)
+    for wrong in (lambda: Augment(flip=2.0), lambda: Augment(geometric=-0.1), lambda: Augment(shift=-1)):
+        with pytest.raises(UndiffuseError, match=r"augment\."):
+            wrong()
+    letters = replace(grey, classes=("a", "b"))
+    assert advice(letters, Augment()) == ""
+    assert "flip=0.5" in advice(grey, Augment())
+    with pytest.warns(UndiffuseWarning, match="digits or letters"):
+        replace(make_recipe("tiny", letters, 5), augment=Augment(flip=0.5)).check(letters)
+
+
+# ---- in training ----
+
+
+def trainer(data, augment: Augment = ALL, *, seed: int = 0, **options) -> Trainer:
+    recipe = make_recipe("tiny", data.spec, len(data))
+    recipe = replace(recipe, augment=augment, training=replace(recipe.training, batch_size=8))
+    return Trainer(data, recipe, seed=seed, **options)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Files:
+    for name in ("a", "b"):
+        good_folder(tmp_path / name, 6)
+    with pytest.warns(UndiffuseWarning, match="same file"):
+        kept = Files(Folder(tmp_path), Images())
+    assert not kept.streams
+    return Files(Folder(tmp_path), Images(), memory=0)
+
+
+@pytest.mark.parametrize("name", ["RS3", "RS4"])
+def test_RS3_RS4_workers_do_not_change_the_batches(pictures: Files, name: str) -> None:
+    runs = [trainer(pictures, workers=workers) for workers in (0, 1, 2)]
+    start = 0 if name == "RS3" else 3  # RS4: a resumed run with another number of workers
+    for one in runs:
+        one.step = start
+    for step in range(start, start + 5):
+        batches = []
+        for one in runs:
+            one.step = step
+            batches.append(one._batch())
+        for x0, cond in batches[1:]:
+            assert torch.equal(x0, batches[0][0])
+            assert cond.keys() == batches[0][1].keys() == {"classes", "augmentation"}
+            assert all(torch.equal(cond[key], batches[0][1][key]) for key in cond)
+
+
+def test_trap_R9_epochs_differ_and_ranks_do_not(pictures: Files) -> None:
+    few = Subset(pictures, range(4))  # two epochs in a batch of 8
+    one = trainer(few, Augment(flip=0.5, shift=3))
+    x0, _ = one.read(0)
+    order = np.concatenate([np.argsort(np.argsort(x0[part].flatten(1).sum(1))) for part in (slice(0, 4), slice(4, 8))])
+    assert len(order) == 8
+    assert not torch.equal(x0[:4].sort(0).values, x0[4:].sort(0).values)
+    halves = [trainer(few, Augment(flip=0.5, shift=3), rank=rank, world=2).read(0)[0] for rank in (0, 1)]
+    assert torch.equal(torch.cat(halves), x0)
+
+
+def test_the_augmentation_is_told_in_training_and_none_in_sampling(pictures: Files) -> None:
+    one = trainer(pictures, Augment(geometric=1.0))
+    _, cond = one.read(0)
+    dropped = one.denoiser.conditions.drop(cond, torch.zeros(8), 1.0)
+    assert torch.equal(dropped["augmentation"], cond["augmentation"])  # dropping it would leak
+    assert (dropped["classes"] == 2).all()
+    for _ in range(3):
+        one.update()
+    pipeline = one.pipeline()
+    assert pipeline.config.conditions["augmentation"] == {"kind": "augmentation", "size": 9}
+    asked = pipeline.conditions(range(4), None)
+    assert not asked["augmentation"].any()
+    assert pipeline.denoiser.conditions.part("augmentation").embed(torch.zeros(1, 9)).abs().max() == 0
+    assert pipeline.sample(2, steps=2, guidance_scale=2).shape == (2, 8, 8, 3)
+
+
+def test_without_classes_there_is_nothing_to_guide_to(pictures: Files, tmp_path: Path) -> None:
+    data = Files(Folder(tmp_path), Images(), labels="none", memory=0)
+    one = trainer(data, Augment(geometric=0.5))
+    one.update()
+    pipeline = Pipeline.load(one.pipeline().save(tmp_path / "model"))
+    assert pipeline.sampling.guidance_scale == 1
+    assert pipeline.sample(1, steps=2).shape == (1, 8, 8, 3)
+    with pytest.raises(UndiffuseError, match="without conditions"):
+        pipeline.sample(1, steps=2, guidance_scale=2)
+
+
+def test_augmentation_off_trains_as_before(pictures: Files) -> None:
+    one = trainer(pictures, Augment())
+    x0, cond = one.read(0)
+    assert cond.keys() == {"classes"}
+    values = pictures.batch(range(12))[0]
+    assert all(any(torch.equal(each, other) for other in values) for each in x0)
