@@ -78,6 +78,17 @@ def test_converged_or_not(law: Any, converged: bool) -> None:
         assert found.converged == converged, str(found)
 
 
+@pytest.mark.parametrize(("share", "converged"), [(0.9, False), (1.1, True)])
+def test_the_threshold_is_the_noise_itself(share: float, converged: bool) -> None:
+    """An exact power law has no uncertainty, so its gain over the next quarter decides alone."""
+    gain = 50 * (40_000**-0.5 - 50_000**-0.5)
+    found = forecast(curve(lambda n: 0.3 + 50 * n**-0.5, range(1000, 40_001, 1000), share * gain))
+    assert found is not None
+    assert found.converged == converged
+    doubtful = replace(found, gain=0.5 * found.noise, gain_high=1.5 * found.noise)
+    assert not doubtful.converged, "what may be a gain is not yet none"
+
+
 def test_it_says_nothing_before_it_knows_enough() -> None:
     rows = curve(lambda n: 0.4, range(1, 100), 0.01)
     assert forecast([]) is None
