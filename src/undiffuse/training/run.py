@@ -66,6 +66,8 @@ FREE = (
 CHANGEABLE = (
     *("recipe.optimiser", "recipe.ema", "recipe.objective"),
     *("recipe.training.images", "recipe.training.accumulation", "recipe.training.precision", "minutes"),
+    *("recipe.training.until_converged", "recipe.training.evaluate_every"),
+    *("recipe.training.nonfinite", "recipe.training.skip"),
 )
 """Settings that may be other ones from here on, if asked for (``change``)."""
 
