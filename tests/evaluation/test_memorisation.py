@@ -85,6 +85,15 @@ def test_duplicates_in_the_training_set_do_not_hide_copies() -> None:
     assert not memorisation(random.standard_normal((300, 6)), training).memorised
 
 
+def test_held_out_rows_that_are_training_rows_do_not_hide_copies() -> None:
+    training = np.random.Generator(np.random.PCG64(0)).standard_normal((300, 6)).astype(np.float32)
+    honest = memorisation(training[:100], training)
+    leaked = memorisation(training[:100], training, training.astype(float))
+    assert honest.memorised
+    assert leaked.memorised
+    assert leaked.threshold == honest.threshold
+
+
 def test_it_seldom_cries_wolf() -> None:
     """New rows of the same law: at most a few of 100 sets are called memorised."""
     alarms = 0

@@ -61,6 +61,23 @@ def test_the_floor_is_real_against_real_at_the_same_n() -> None:
     assert (copied.value, copied.low) == (copied.floor, copied.floor_low)  # the floor's set itself
 
 
+def test_a_floor_of_the_data_itself_is_refused_and_a_few_shared_rows_are_stated() -> None:
+    data, samples = examples(300, 1), examples(100, 0)
+    with pytest.raises(UndiffuseError, match="no floor"):
+        measure(samples, data, ["kid"], held_out=data)
+    mixed = Examples(features=np.concatenate([np.asarray(data.features)[:7], np.asarray(examples(93, 2).features)]))
+    assert "7 of them also in the data" in measure(samples, data, ["kid"], held_out=mixed)["kid"].split
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", ["frechet", "kid", "precision_recall"])
+def test_no_figure_is_nan_or_infinite(name: str) -> None:
+    random = np.random.Generator(np.random.PCG64(0))
+    huge = Examples(features=1e200 * random.standard_normal((100, 3)))
+    with pytest.raises(UndiffuseError, match="too large"):
+        measure(huge, Examples(features=1e200 * random.standard_normal((300, 3))), [name])
+
+
 def test_the_order_of_samples_does_not_matter_and_the_seed_does_only_where_rows_are_drawn() -> None:
     data, held = examples(300, 1), examples(200, 2)
     samples = examples(200, 0)

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import UndiffuseError
 from .intervals import Measured, from_groups, from_influence, grouped, wilson
-from .statistics import Array, rows_of
+from .statistics import Array, as_array, rows_of
 
 BINS = 15
 
@@ -102,7 +102,7 @@ def class_balance(samples: Array, data: Array, classes: int | None = None) -> Cl
     For an unconditional model, or one asked for classes as frequent as the data's: a plan of equal classes differs from
     unequal data by itself (trap G6).
     """
-    count = classes or 1 + int(max(np.max(np.asarray(labels), initial=0) for labels in (samples, data)))
+    count = classes or 1 + int(max(np.max(as_array(labels), initial=0) for labels in (samples, data)))
     table = np.stack([np.bincount(_labels(labels, count), minlength=count) for labels in (samples, data)])
     n, m = table.sum(axis=1)
     expected = table.sum(axis=0) * np.array([[n], [m]]) / (n + m)
@@ -147,7 +147,7 @@ def _probabilities(values: Array) -> np.ndarray:
 
 
 def _labels(values: Array, classes: int, n: int | None = None) -> np.ndarray:
-    labels = np.asarray(values)
+    labels = as_array(values)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != (len(labels) if n is None else n):
         raise UndiffuseError(f"labels are one integer a row: got {labels.dtype} of the shape {labels.shape}")
     if not len(labels) or labels.min() < 0 or labels.max() >= classes:

@@ -133,8 +133,8 @@ def _rank(a: Moments, b: Moments) -> int:
 
 def _enough(a: Moments, b: Moments, allow_small: bool) -> str:
     """The note for too few rows, or the refusal."""
-    rank, n = _rank(a, b), min(a.n, b.n)
-    if n > rank:
+    n = min(a.n, b.n)
+    if n > len(a.mean) or n > (rank := _rank(a, b)):
         return ""
     said = f"{n} rows do not span the {rank} dimensions of the features, so their Frechet distance is mostly bias"
     if not allow_small:

@@ -14,7 +14,7 @@ interval away from the value:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import inf, isfinite, sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -34,6 +34,10 @@ class Measured:
     low: float
     high: float
     note: str = ""
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.value) and isfinite(self.low) and isfinite(self.high)):
+            raise UndiffuseError(f"a figure of {self.value} is none: are the numbers that it is made of far too large?")
 
 
 def wilson(count: float, n: int) -> Measured:

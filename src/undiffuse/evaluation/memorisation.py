@@ -1,10 +1,10 @@
 """Are the samples new? How near each is to the training set, against how near real data is.
 
 The distance of a sample to its nearest training row means nothing by itself. Beside it stand the distances of real rows
-that were not trained on (held out), or, without such, of training rows to their nearest *other* one (exact duplicates
-left out). A sample is *suspicious* when it is nearer than 99 % of those are: of new real data, 1 % would be. The set is
-called memorised when the share of suspicious samples is surely above what chance gives, both shares with their
-intervals.
+that were not trained on (held out), or, without such, of training rows to their nearest *other* one. Rows that are
+equal do not meet there: neither duplicates in the training set nor held-out rows that are in it hide a copy. A sample
+is *suspicious* when it is nearer than 99 % of those are: of new real data, 1 % would be. The set is called memorised
+when the share of suspicious samples is surely above what chance gives, both shares with their intervals.
 
 Pictures are compared under shifts: a copy moved by one pixel is far away in pixel space. All but a margin of each
 sample is held against every window of that size of the training pictures, and so are the real ones.
@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import UndiffuseError
 from .intervals import Measured, wilson
 from .neighbours import blocks, squared_distances
-from .statistics import Array, rows_of
+from .statistics import Array, as_array, numbered, rows_of
 
 SUSPICIOUS = 0.01  # the share of real rows that are as near as that
 LEAST = 100  # real rows, without which there is no such percentile
@@ -98,8 +98,8 @@ def memorisation(
         UndiffuseError: shapes that differ, too few rows, shifts of what are no pictures.
     """
     rows_of(samples, "the samples"), rows_of(training, "the training set", 2)
-    kept = np.asarray(training)
-    others = [np.asarray(v) for v in (samples, held_out) if v is not None]
+    kept = as_array(training)
+    others = [as_array(v) for v in (samples, held_out) if v is not None]
     if held_out is not None:
         rows_of(held_out, "the held-out rows")
     if any(v.shape[1:] != kept.shape[1:] for v in others):
@@ -112,8 +112,7 @@ def memorisation(
         )
     given = kept if held_out is None else others[1]
     some = np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(len(given))[:REFERENCE])
-    equal = _equal(kept) if held_out is None else None
-    real, _ = nearest_rows(given[some], kept, shifts, None if equal is None else (equal[some], equal))
+    real, _ = nearest_rows(given[some], kept, shifts, numbered(given[some], kept))
     real = real[np.isfinite(real)]
     if len(real) < LEAST:
         raise UndiffuseError(f"{len(real)} different real rows to compare with: at least {LEAST} are needed")
@@ -161,12 +160,6 @@ def nearest_rows(
                 where[i] = np.where(found < best[i], place + j.start, where[i])
                 best[i] = np.minimum(found, best[i])
     return np.sqrt(best), where
-
-
-def _equal(rows: np.ndarray) -> np.ndarray:
-    """A number for each row ``[N]``, the same for rows that are equal to the last bit."""
-    first: dict[bytes, int] = {}
-    return np.array([first.setdefault(row.tobytes(), i) for i, row in enumerate(rows)])
 
 
 def _window(pictures: np.ndarray, shifts: int, down: int, right: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from .frechet import frechet, frechet_infinity
 from .intervals import Measured
 from .kid import kid, mmd
 from .precision_recall import precision_recall
-from .statistics import Array
+from .statistics import Array, as_array, numbered
 from .wasserstein import sliced_wasserstein
 
 
@@ -180,7 +180,8 @@ def measure(
         allow_small: Go on with fewer rows than features (trap V4); it warns, and every such figure has a note.
 
     Raises:
-        UndiffuseError: an unknown name, an array that a named metric needs and that is not there, too few rows.
+        UndiffuseError: an unknown name, an array that a named metric needs and that is not there, too few rows,
+            held-out rows most of which are rows of the data.
     """
     there = samples.arrays().keys() & data.arrays().keys() & (held_out or data).arrays().keys()
     if metrics is None:
@@ -203,6 +204,10 @@ def measure(
         split = f"{n} rows of the data set aside at random, seed {seed}"
     else:
         real, split = held_out.take(_some(len(held_out), n, random)), f"{n} held-out rows"
+        shared = _shared(real, data)
+        if shared > n // 2:
+            raise UndiffuseError(f"{shared} of {n} held-out rows are rows of the data: their floor would be no floor")
+        split += f", {shared} of them also in the data" if shared else ""
     drawn = samples.take(_some(len(samples), n, random))
     figures: dict[str, Figure] = {}
     for name in names:
@@ -233,6 +238,19 @@ def measure(
                 value.note,
             )
     return figures
+
+
+def _shared(real: Examples, data: Examples) -> int:
+    """How many of the real rows are also rows of the data, in the widest array that both have."""
+    theirs = data.arrays()
+    pairs = [
+        (as_array(array), as_array(theirs[name]))
+        for name, array in real.arrays().items()
+        if name in theirs and name != "labels"
+    ]
+    if not pairs:
+        return 0
+    return int(np.isin(*numbered(*max(pairs, key=lambda pair: pair[0][0].size))).sum())
 
 
 def _some(there: int, n: int, random: np.random.Generator) -> np.ndarray:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..errors import UndiffuseError
@@ -23,15 +25,21 @@ ROWS = 1024  # read at a time: 16 MB of 2,048 features
 Array = np.ndarray | Tensor
 
 
+def as_array(values: Array) -> np.ndarray:
+    """On the CPU, in numpy; bfloat16, which numpy has not, in float32."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    return np.asarray(values)
+
+
 def rows_of(values: Array, name: str, least: int = 1) -> np.ndarray:
     """``values`` as ``[N, D]`` numbers of their own type, anything behind the first dimension made flat.
 
     Raises :class:`UndiffuseError` for fewer than ``least`` rows, for no columns, for what is not a number, and for NaN
     or infinity.
     """
-    array = values.detach().cpu().float().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    if isinstance(values, Tensor) and values.element_size() == 8:
-        array = values.detach().cpu().double().numpy()
+    array = as_array(values)
     if array.dtype.kind not in "fiub":
         raise UndiffuseError(f"{name}: numbers are needed, not {array.dtype}")
     if array.ndim < 1 or len(array) < least:
@@ -53,6 +61,17 @@ def alike(samples: Array, data: Array, least: int = 2) -> tuple[np.ndarray, np.n
     if a.shape[1] != b.shape[1]:
         raise UndiffuseError(f"the samples have {a.shape[1]} numbers a row and the data {b.shape[1]}")
     return a, b
+
+
+def numbered(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A number for each row of both, the same for rows that are equal."""
+    first: dict[bytes, int] = {}
+
+    def number(row: np.ndarray) -> int:
+        key = blake2b(row.astype(np.float64).tobytes(), digest_size=16).digest()
+        return first.setdefault(key, len(first))
+
+    return np.array([number(row) for row in a]), np.array([number(row) for row in b])
 
 
 def parts(array: np.ndarray, size: int = ROWS) -> Iterator[np.ndarray]:
@@ -106,6 +125,8 @@ class Moments:
         """``[D, D]``, unbiased (divided by n - 1)."""
         if self.n < 2:
             raise UndiffuseError("the covariance of fewer than two rows is not defined")
+        if not np.isfinite(self.scatter).all():
+            raise UndiffuseError("the numbers are too large: their squares are infinite")
         return self.scatter / (self.n - 1)
 
     @property
