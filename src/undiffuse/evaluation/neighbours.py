@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..errors import UndiffuseError
+
 BLOCK = 2048  # rows and columns of a block of distances: 32 MB
 
 
@@ -20,6 +22,8 @@ def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     centre = b.mean(axis=0)
     a, b = a - centre, b - centre
     lengths = np.einsum("ij,ij->i", a, a)[:, None] + np.einsum("ij,ij->i", b, b)
+    if not np.isfinite(lengths).all():
+        raise UndiffuseError("the numbers are too large: the squares of their distances are infinite")
     square = a @ b.T
     square *= -2
     square += lengths
