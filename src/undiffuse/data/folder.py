@@ -141,15 +141,17 @@ class Files(Dataset):
         labels: str | None = None,
         strict: bool = False,
         memory: int = MEMORY_BYTES,
+        threads: int | None = None,
     ) -> None:
-        """``memory``: decoded items are kept if they need at most this many bytes. ``labels``: see
+        """``memory``: decoded items are kept if they need at most this many bytes. ``threads`` decode (default: as many
+        as there are processors, at most 16); their number changes only the speed. ``labels``: see
         :func:`undiffuse.data.open_dataset`.
         """
         self.name, self._store, self._reader, self._strict = store.name, store, reader, strict
         found = scan(store, reader, strict=strict)
         self._entries, self._skipped = found.entries, list(found.skipped)
         self._kept: np.ndarray | None = None
-        self._pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1), thread_name_prefix="undiffuse-files")
+        self._pool = ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1), "undiffuse-files")
         self._enough_left()
         about = read_metadata(store, [entry.path for entry in self._entries])
         classes, _, _ = _classes(self._entries, about, labels, self.name)  # before the long work: is it all understood?
