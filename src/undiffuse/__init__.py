@@ -142,6 +142,7 @@ if TYPE_CHECKING:
     from .networks import MLP as MLP
     from .networks import AttentionMap as AttentionMap
     from .networks import DiT as DiT
+    from .networks import MPUNet as MPUNet
     from .networks import UNet as UNet
     from .networks import attention_maps as attention_maps
 

@@ -23,6 +23,7 @@ ODD = [[2], [1], [1, 1], [3, 13], [1, 1, 1], [2, 1, 7], [1, 5, 6], [3, 9, 4], [1
 # One small conditional configuration for every registry entry: a new network is enrolled by adding its line here.
 EXAMPLES: dict[str, tuple[list[int], dict[str, Any]]] = {
     "unet": ([2, 6, 5], {"in_channels": 2, "widths": [8, 16], "blocks": [1, 1], "attention": [1], "embedding": 32}),
+    "mp_unet": ([2, 6, 5], {"in_channels": 2, "widths": [8, 16], "blocks": [1, 1], "attention": [1], "embedding": 32}),
     "dit": ([2, 6, 5], {"in_channels": 2, "widths": [24], "blocks": [2], "head_width": 8, "embedding": 32}),
     "mlp": ([3], {"in_channels": 3, "width": 16, "blocks": 2, "embedding": 32}),
 }
@@ -202,21 +203,23 @@ def test_samples_of_a_batch_do_not_meet(name: str):
 
 
 # Every option away from its default, so that one that config forgets cannot hide behind it.
+UNET: dict[str, Any] = {
+    "in_channels": 2,
+    "out_channels": 5,
+    "rank": 1,
+    "widths": [8, 12],
+    "blocks": [2, 1],
+    "attention": [0],
+    "head_width": 4,
+    "embedding": 24,
+    "condition_width": 3,
+    "fold": 2,
+    "dropout": 0.25,
+    "token_width": 5,
+}
 FULL: dict[str, dict[str, Any]] = {
-    "unet": {
-        "in_channels": 2,
-        "out_channels": 5,
-        "rank": 1,
-        "widths": [8, 12],
-        "blocks": [2, 1],
-        "attention": [0],
-        "head_width": 4,
-        "embedding": 24,
-        "condition_width": 3,
-        "fold": 2,
-        "dropout": 0.25,
-        "token_width": 5,
-    },
+    "unet": UNET,
+    "mp_unet": UNET,
     "dit": {
         "in_channels": 2,
         "out_channels": 5,

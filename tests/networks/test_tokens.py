@@ -17,6 +17,7 @@ DIT = {"in_channels": 2, "widths": [24], "blocks": [3], "head_width": 8, "embedd
 UNET = {"in_channels": 2, "widths": [8, 16], "blocks": [1, 1], "attention": [1], "embedding": 32, "token_width": D}
 TAKERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unet": ("unet", UNET),
+    "mp_unet": ("mp_unet", UNET),
     "dit-cross": ("dit", {**DIT, "token_attention": "cross"}),
     "dit-joint": ("dit", {**DIT, "token_attention": "joint"}),
     "dit-joint-hourglass": ("dit", {**DIT, "widths": [12, 24], "blocks": [1, 2], "skips": True}),

@@ -151,9 +151,10 @@ def test_law_5_trap_R1_R2_R3_E5_a_resumed_run_is_the_straight_run_to_the_last_bi
         assert resumed.step == len(wanted)
 
 
-def test_resume_of_a_unet(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["unet", "mp_unet"])
+def test_resume_of_a_unet(family: str, tmp_path: Path) -> None:
     dataset = digits()
-    chosen = recipe(dataset, images=16)
+    chosen = override(recipe(dataset, images=16), [f"model.family={family}"], REGISTRIES)
     straight = trained(Trainer(dataset, chosen), 4)
     resumed = Trainer(dataset, chosen)
     resumed.restore(through_disk(trained(Trainer(dataset, chosen), 2), tmp_path).snapshot(), "here")
@@ -217,6 +218,19 @@ def test_a_snapshot_without_one_of_its_tensors_is_refused_and_changes_nothing(gr
     with pytest.raises(UndiffuseError, match=f"not the whole state of a trainer .*{group}"):
         other.restore(whole, "here")
     assert bits(other) == before
+
+
+def test_weights_of_the_magnitude_preserving_network_keep_their_size() -> None:
+    """The trainer sets them back after each update; the average moves between such weights."""
+    dataset = digits()
+    chosen = override(recipe(dataset, images=32), ["model.family=mp_unet", "optimiser.lr=0.1"], REGISTRIES)
+    trainer = trained(Trainer(dataset, chosen), 8)
+    weights = {name: w.detach() for name, w in trainer.denoiser.network.named_parameters() if name.endswith("weight")}
+    for weight in weights.values():
+        size = weight.square().flatten(1).mean(1).sqrt()
+        torch.testing.assert_close(size, torch.ones_like(size))
+    averages = dict(trainer.ema.denoiser.network.named_parameters())
+    assert any(not torch.equal(averages[name], weight) for name, weight in weights.items())
 
 
 @pytest.mark.parametrize("left_out", ["weights", "ema", "optimiser", "step", "plan"])

@@ -22,11 +22,13 @@ from .dit import DIT, DiT, dit
 from .layers import Network
 from .maps import AttentionMap, attention_maps
 from .mlp import MLP
+from .mp_unet import MPUNet, constrain
 from .unet import UNet
 
 __all__ = [
     "DIT",
     "MLP",
+    "MPUNet",
     "NETWORKS",
     "SIZES",
     "AttentionMap",
@@ -37,12 +39,13 @@ __all__ = [
     "UNet",
     "attention_maps",
     "build",
+    "constrain",
     "describe",
     "dit",
     "sized",
 ]
 
-NETWORKS: dict[str, type[Network]] = {"unet": UNet, "dit": DiT, "mlp": MLP}
+NETWORKS: dict[str, type[Network]] = {"unet": UNet, "mp_unet": MPUNet, "dit": DiT, "mlp": MLP}
 
 
 def build(name: str, config: Mapping[str, Any]) -> Network:

@@ -32,6 +32,7 @@ from .layers import (
     padded,
     split_heads,
     unfold,
+    wide,
     zeroed,
 )
 
@@ -83,11 +84,6 @@ def turned(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 # --- Blocks -----------------------------------------------------------------------------------------------------------
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in float32 at least: norms lose too much in half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def normed(h: Tensor) -> Tensor:

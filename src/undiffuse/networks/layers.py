@@ -118,6 +118,26 @@ def check_sizes(**sizes: int) -> None:
             raise UndiffuseError(f"{name}={size!r} must be a whole number of at least 1")
 
 
+def check_levels(
+    rank: int, widths: Sequence[int], blocks: Sequence[int], attention: Sequence[int], dropout: float, token_width: int
+) -> None:
+    """Raise :class:`UndiffuseError` for arguments of a U-Net that do not fit each other."""
+    check_sizes(**{f"widths[{i}]": width for i, width in enumerate(widths)})
+    check_sizes(**{f"blocks[{i}]": count for i, count in enumerate(blocks)})
+    if rank not in CONVOLUTIONS:
+        raise UndiffuseError(f"rank={rank!r} must be 1, 2 or 3 (points without spatial dimensions: network 'mlp')")
+    if not widths or len(widths) != len(blocks):
+        raise UndiffuseError(f"widths and blocks need one number a level, got {len(widths)} and {len(blocks)}")
+    if min(widths) < 4:
+        raise UndiffuseError(f"widths={list(widths)} must be at least 4, the smallest group of group norm")
+    if not set(attention) <= set(range(len(widths))):
+        raise UndiffuseError(f"attention={list(attention)} must name levels from 0 to {len(widths) - 1}")
+    if not 0 <= dropout < 1:
+        raise UndiffuseError(f"dropout={dropout!r} must be in [0, 1)")
+    if token_width and not attention:
+        raise UndiffuseError("tokens are looked at where there is attention: name levels in attention, such as [0]")
+
+
 CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
     2: nn.Conv2d,
@@ -128,6 +148,11 @@ CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
 def convolution(rank: int, inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Module:
     """A convolution over ``rank`` dimensions that keeps the size, or with ``stride=2`` halves it (rounding up)."""
     return CONVOLUTIONS[rank](inputs, outputs, kernel, stride=stride, padding=kernel // 2)
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float32 at least: norms lose too much in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def zeroed(module: nn.Module) -> nn.Module:

@@ -15,15 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UndiffuseError
 from .layers import (
-    CONVOLUTIONS,
     CrossAttention,
     Embedding,
     FilmNorm,
     Network,
     ResidualBlock,
     SelfAttention,
+    check_levels,
     check_sizes,
     convolution,
     cropped,
@@ -108,20 +107,7 @@ class UNet(Network):
             "token_width": token_width,
         }
         check_sizes(head_width=head_width, embedding=embedding, fold=fold)
-        check_sizes(**{f"widths[{i}]": width for i, width in enumerate(widths)})
-        check_sizes(**{f"blocks[{i}]": count for i, count in enumerate(blocks)})
-        if rank not in CONVOLUTIONS:
-            raise UndiffuseError(f"rank={rank!r} must be 1, 2 or 3 (points without spatial dimensions: network 'mlp')")
-        if not widths or len(widths) != len(blocks):
-            raise UndiffuseError(f"widths and blocks need one number a level, got {len(widths)} and {len(blocks)}")
-        if min(widths) < 4:
-            raise UndiffuseError(f"widths={list(widths)} must be at least 4, the smallest group of group norm")
-        if not set(attention) <= set(range(len(widths))):
-            raise UndiffuseError(f"attention={list(attention)} must name levels from 0 to {len(widths) - 1}")
-        if not 0 <= dropout < 1:
-            raise UndiffuseError(f"dropout={dropout!r} must be in [0, 1)")
-        if token_width and not attention:
-            raise UndiffuseError("tokens are looked at where there is attention: name levels in attention, such as [0]")
+        check_levels(rank, widths, blocks, attention, dropout, token_width)
         self.fold = (fold,) * rank
 
         def stages(level: int) -> nn.ModuleList:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..data import Dataset
 from ..denoiser import Denoiser
 from ..errors import UndiffuseError
+from ..networks import constrain
 from ..objectives import loss, offset_noise
 from ..pipeline import Pipeline
 from ..weights import check_fits, shapes
@@ -209,6 +210,7 @@ class Trainer:
         # AdamW's kernel looks at this flag on the device and does nothing if it is set (loss scaling uses it too).
         self.optimiser.found_inf = (self._first_bad > 0).float()  # pyrefly: ignore
         self.optimiser.step()
+        constrain(self.denoiser, unless=self._first_bad)
         self.optimiser.zero_grad(set_to_none=True)
         skipped = training.nonfinite == "skip" and bool(self._first_bad)
         if skipped:
