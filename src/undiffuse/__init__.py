@@ -193,6 +193,7 @@ if TYPE_CHECKING:
     # the verbs of the command line
     from .commands.demo import demo as demo
     from .commands.train import train as train
+    from .commands.doctor import doctor as doctor
     from .commands.sample import sample as sample
     from .commands.ls import ls as ls
     from .commands.show import show as show

@@ -200,7 +200,7 @@ def test_the_loss_of_a_window_that_was_all_skipped_is_not_a_number() -> None:
 def autopsy(trainer: Trainer) -> forensics.Autopsy:
     until_bad(trainer)
     before = bits_of_state(trainer)
-    found = forensics.replay(trainer.denoiser, trainer.recipe, forensics.scene(trainer, trainer.diverged_at), usual=1.0)
+    found = forensics.replay(trainer.denoiser, trainer.recipe, forensics.scene(trainer, trainer.diverged_at))
     assert bits_of_state(trainer) == before  # looking changes nothing
     assert trainer.denoiser.training
     return found

@@ -2,7 +2,8 @@
 
 A verb is a module here with three things: one typed function of the verb's own name, whose signature and docstring
 *are* the command's options and help; ``report(result) -> str``, what a person reads; and ``EXAMPLES``, what ``--help``
-ends with. To add one, write the module and add its line to :data:`VERBS`.
+ends with. One whose result can be bad news also has ``exit_code(result) -> int``. To add one,
+write the module and add its line to :data:`VERBS`.
 
 Modules of verbs import torch inside their functions only: ``--help`` answers at once.
 """
@@ -32,6 +33,7 @@ from ..errors import UndiffuseError, UndiffuseWarning
 VERBS = {
     "demo": "train on real handwritten digits and sample from the model",
     "train": "train a model on your own data",
+    "doctor": "look at data and a plan before training, or at a run",
     "sample": "sample from a saved model",
     "solvers": "list the solvers, find the best for a model, tune a grid for it",
     "ls": "list the runs in a folder",
@@ -66,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
-            _run(words, as_json)
+            code = _run(words, as_json)
             sys.stdout.flush()
-        return OK
+        return code
     except KeyboardInterrupt:
         if debug:
             raise
@@ -84,15 +86,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code if isinstance(error, UndiffuseError) else MISTAKE
 
 
-def _run(words: list[str], as_json: bool) -> None:
+def _run(words: list[str], as_json: bool) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
-        return
+        return OK
     if words[0] in ("-V", "--version"):
         from .. import __version__
 
         print(f"undiffuse {__version__}")
-        return
+        return OK
     verb, *options = words
     if verb not in VERBS:
         kind = "option" if verb.startswith("-") else "verb"
@@ -100,7 +102,7 @@ def _run(words: list[str], as_json: bool) -> None:
     module = importlib.import_module(f"undiffuse.commands.{verb}")
     if any(word in ("-h", "--help") for word in options):
         print(_help(verb, module))
-        return
+        return OK
     call = _parse(verb, module, options)
     # With --json, stdout belongs to the JSON alone: progress and headers go to stderr.
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
@@ -108,6 +110,7 @@ def _run(words: list[str], as_json: bool) -> None:
     text = json.dumps(plain(result), indent=2, allow_nan=False) if as_json else module.report(result)
     if text:
         print(text)
+    return vars(module).get("exit_code", lambda result: OK)(result)
 
 
 # --- words to a call --------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from ..errors import UndiffuseError
 from .options import AnyPath
 
 if TYPE_CHECKING:
-    from ..training import Progress
+    from ..data import Dataset
+    from ..training import Progress, Recipe
 
 EXAMPLES = """
 undiffuse train digits                     real handwritten digits, a minute
@@ -101,16 +102,11 @@ def train(
     Raises:
         UndiffuseError: bad data, a setting that does not exist or is out of range, a folder of another run.
     """
-    from ..config import override
-    from ..data import open_dataset
-    from ..pipeline import REGISTRIES
-    from ..training import make_recipe, run_training
-    from ..training.recipe import with_convergence, with_length
+    from ..training import run_training
+    from ..training.recipe import with_convergence
 
     if until_converged and minutes is not None:
         raise UndiffuseError("--until-converged has no time budget: give --images or --steps as the longest")
-    if sum(limit is not None for limit in (steps, images, minutes)) > 1:
-        raise UndiffuseError("--steps, --images and --minutes are three ways to say how long: give one")
     given = {
         "--out": out,
         "--recipe": None if recipe == "default" else recipe,
@@ -138,19 +134,23 @@ def train(
     }
     words += [name for name, given in flags.items() if given]
     words += [word for setting in set for word in ("--set", setting)]
-    dataset = open_dataset(
+    dataset, chosen = prepare(
         data,
+        recipe=recipe,
+        steps=steps,
+        images=images,
+        minutes=minutes,
+        batch_size=batch_size,
         image_size=image_size,
         channels=channels,
+        model_size=model_size,
+        seed=seed,
         data_root=data_root,
         labels=labels,
         length=length,
         strict=strict,
-        seed=seed,
+        set=set,
     )
-    chosen = make_recipe(recipe, dataset.spec, len(dataset), model_size)
-    chosen = override(chosen, set, REGISTRIES)
-    chosen = with_length(chosen, steps=steps, images=images, batch_size=batch_size)
     if until_converged:
         chosen = with_convergence(chosen, given_length=steps is not None or images is not None)
     folder = Path(out) if out is not None else Path("runs") / (Path(data).stem if Path(data).exists() else data)
@@ -171,6 +171,48 @@ def train(
             progress=progress,
         )
     return Trained(**vars(result))
+
+
+def prepare(
+    data: str,
+    *,
+    recipe: str,
+    steps: int | None,
+    images: int | None,
+    minutes: float | None,
+    batch_size: int | None,
+    image_size: int | None,
+    channels: int | None,
+    model_size: str | None,
+    seed: int,
+    data_root: AnyPath | None,
+    labels: str | None,
+    length: int | None,
+    strict: bool,
+    set: tuple[str, ...],
+) -> tuple[Dataset, Recipe]:
+    """The data and the recipe that these options mean."""
+    from ..config import override
+    from ..data import open_dataset
+    from ..pipeline import REGISTRIES
+    from ..training import make_recipe
+    from ..training.recipe import with_length
+
+    if sum(limit is not None for limit in (steps, images, minutes)) > 1:
+        raise UndiffuseError("--steps, --images and --minutes are three ways to say how long: give one")
+    dataset = open_dataset(
+        data,
+        image_size=image_size,
+        channels=channels,
+        data_root=data_root,
+        labels=labels,
+        length=length,
+        strict=strict,
+        seed=seed,
+    )
+    chosen = make_recipe(recipe, dataset.spec, len(dataset), model_size)
+    chosen = override(chosen, set, REGISTRIES)
+    return dataset, with_length(chosen, steps=steps, images=images, batch_size=batch_size)
 
 
 def report(result: Trained) -> str:

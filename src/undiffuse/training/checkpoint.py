@@ -242,6 +242,19 @@ class Lock:
             self.file.close()
 
 
+def held(folder: Path) -> bool:
+    """Whether a process is training into this run folder now."""
+    path = folder / ".lock"
+    if not path.is_file():
+        return False
+    with path.open("rb+") as file:
+        try:
+            _lock(file)
+        except OSError:
+            return True
+    return False
+
+
 def _lock(file: IO[bytes]) -> None:
     """Take the lock or raise ``OSError`` at once."""
     if os.name == "nt":

@@ -39,6 +39,8 @@ from .trainer import Trainer
 FOLDER = "nan"
 EXTREME = 30.0
 """Data further from 0 than this, in model units, are a likely cause: their deviation is about 1."""
+RUNAWAY = 1e3
+"""A weight larger than this is a likely cause: those of networks that work are about 1 or less."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,11 +108,8 @@ def scene(trainer: Trainer, step: int) -> Scene:
     )
 
 
-def replay(denoiser: Denoiser, recipe: Recipe, scene: Scene, usual: float | None = None) -> Autopsy:
-    """Compute an update's loss and gradient again and say where they are not finite; changes nothing.
-
-    ``usual`` is how large the largest weight should be, as far as that is known (that of the average).
-    """
+def replay(denoiser: Denoiser, recipe: Recipe, scene: Scene) -> Autopsy:
+    """Compute an update's loss and gradient again and say where they are not finite; changes nothing."""
     training = denoiser.training
     denoiser.train()
     try:
@@ -138,7 +137,7 @@ def replay(denoiser: Denoiser, recipe: Recipe, scene: Scene, usual: float | None
             gradients=wrong,
             cause="",
         )
-        return replace(result, cause=_cause(denoiser, recipe, scene, result, rows, usual))
+        return replace(result, cause=_cause(denoiser, recipe, scene, result, rows))
     finally:
         denoiser.train(training)
 
@@ -215,9 +214,7 @@ def _watched(denoiser: Denoiser, modules: list[str], backward: list[str]) -> Ite
             hook.remove()
 
 
-def _cause(
-    denoiser: Denoiser, recipe: Recipe, scene: Scene, found: Autopsy, rows: Sequence[int], usual: float | None
-) -> str:
+def _cause(denoiser: Denoiser, recipe: Recipe, scene: Scene, found: Autopsy, rows: Sequence[int]) -> str:
     """The first of the known causes that fits."""
     for name, weight in denoiser.state_dict().items():
         if weight.is_floating_point() and not bool(weight.isfinite().all()):
@@ -240,7 +237,7 @@ def _cause(
         ((name, float(p.detach().abs().max())) for name, p in denoiser.named_parameters() if p.numel()),
         key=lambda pair: pair[1],
     )
-    if largest > max(1e3, 10 * (usual or 0.0)):
+    if largest > RUNAWAY:
         return (
             f"the weights have run away ({largest_name} reaches {largest:.3g}): lower optimiser.lr or lengthen warm-up"
         )
@@ -280,13 +277,11 @@ def keep(trainer: Trainer, step: int, out: Path, last_good: Path | None) -> Auto
     where it cannot be written.
     """
     seen = scene(trainer, step)
-    usual = max(float(p.abs().max()) for p in trainer.ema.denoiser.parameters())
-    found = replay(trainer.denoiser, trainer.recipe, seen, usual)
+    found = replay(trainer.denoiser, trainer.recipe, seen)
     report = {
         **asdict(found),
         "last_good": str(last_good) if last_good else None,
         "skipped_before": trainer.skipped,
-        "usual": usual,
         "recipe": to_json(trainer.recipe, REGISTRIES),
         "spec": trainer.dataset.spec.to_json(),
         "history": _history(out / "metrics.jsonl"),
@@ -319,7 +314,7 @@ def investigate(out: str | os.PathLike[str], device: str = "cpu") -> tuple[dict[
     try:
         recipe = from_json(Recipe, report["recipe"], str(folder / "report.json"), REGISTRIES)
         spec = DataSpec.from_json(report["spec"])
-        step, seed, usual = int(report["step"]), int(report["seed"]), report["usual"]
+        step, seed = int(report["step"]), int(report["seed"])
         batch = {name: tensor.to(device) for name, tensor in read_weights(folder / "batch.safetensors").items()}
         cond = {name.removeprefix("cond."): v for name, v in batch.items() if name.startswith("cond.")}
         seen = Scene(step, seed, batch["indices"].cpu(), batch["x0"], batch["t"].cpu(), batch["eps"], cond)
@@ -329,7 +324,7 @@ def investigate(out: str | os.PathLike[str], device: str = "cpu") -> tuple[dict[
     weights = read_weights(folder / "weights.safetensors")
     check_fits(shapes(denoiser.state_dict()), shapes(weights), str(folder / "weights.safetensors"))
     denoiser.load_state_dict(weights)  # these may hold NaN: that is what is looked for
-    return report, replay(denoiser.to(device), recipe, seen, usual)
+    return report, replay(denoiser.to(device), recipe, seen)
 
 
 def _history(path: Path, lines: int = 50) -> list[dict[str, Any]]:

@@ -211,17 +211,23 @@ class Averaging:
         half_life = self.half_life if self.ramp is None else min(self.half_life, self.ramp * images)
         return 0.5 ** (batch_size / half_life)
 
-    def check_horizon(self, images: int, batch_size: int) -> None:
-        """Warn if the random first weights are still a part of the average after ``images`` (trap E4)."""
-        updates = math.ceil(images / batch_size)
-        left = 0.0  # minus the logarithm of the share of the first weights
-        for update in range(1, updates + 1):
+    def first_weights(self, images: int, batch_size: int) -> float:
+        """The share of the random first weights in the average after ``images``; 0 once it is below exp(-5)."""
+        left = 0.0  # minus its logarithm
+        for update in range(1, math.ceil(images / batch_size) + 1):
             left -= math.log(max(self.decay(update * batch_size, batch_size), 1e-300))
             if left >= 5:
-                return
+                return 0.0
+        return math.exp(-left)
+
+    def check_horizon(self, images: int, batch_size: int) -> None:
+        """Warn if the random first weights are still a part of the average after ``images`` (trap E4)."""
+        left = self.first_weights(images, batch_size)
+        if left <= math.exp(-5):
+            return
         warnings.warn(
             f"the EMA's half-life of {self.half_life:,} images is too long for a run of {images:,}: "
-            f"{math.exp(-left):.0%} of what is sampled from will still be the random first weights; set ema.ramp=0.05 "
+            f"{left:.0%} of what is sampled from will still be the random first weights; set ema.ramp=0.05 "
             f"or ema.half_life={max(1, images // 20)}",
             UndiffuseWarning,
             stacklevel=3,

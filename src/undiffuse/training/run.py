@@ -45,6 +45,7 @@ from ..outputs import suffixes, write_samples
 from ..pipeline import BATCH, REGISTRIES, Pipeline, resolve_device
 from . import checkpoint, forensics, memory
 from .convergence import Forecast, constant_from, cool_down, forecast
+from .doctor import glance
 from .held_out import Curve, HeldOut, Probe, divide, probe
 from .recipe import Plan, Recipe, kind_of
 from .report import REFRESH, Report
@@ -291,6 +292,9 @@ class _Run:
             self.say(f"resumed    after update {trainer.step:,}, {trainer.images:,} images")
             for change in self.changed:
                 self.say(textwrap.fill(f"changed    {change}", 80, subsequent_indent=" " * 11))
+        else:
+            for finding in glance(self.trainer.dataset, self.recipe, minutes=self.minutes, out=self.out):
+                self.say(f"{finding.light:<10} {finding.check}: {finding.measured}; {finding.remedy}")
         self.metrics.truncate(lambda line: json.loads(line)["step"] <= trainer.step)
         if self.held_out is not None:
             self.evaluations.rewrite([json.dumps(row, allow_nan=False) for row in self.curve.to_json()["rows"]])

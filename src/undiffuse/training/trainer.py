@@ -369,26 +369,37 @@ class Trainer:
         wanted = () if self.denoiser.conditions is None else self.denoiser.conditions.names
         return x0, {name: values for name, values in cond.items() if name in wanted}
 
-    @torch.no_grad()
     def _check_inputs_matter(self, x0: Tensor, cond: dict[str, Tensor]) -> None:
         """After the first update the output must change with the level and with each condition (trap O5)."""
-        self.denoiser.eval()
-        x, null = x0[:1], self.denoiser.null(1)
-
-        def answer(t: float, **cond: Tensor) -> Tensor:
-            # One call each: rows of one batch may differ by rounding alone.
-            return self.denoiser.output(x, self.denoiser.schedule(t), **{**null, **cond})[0]
-
-        y = answer(0.5)
-        if torch.equal(y, answer(0.9)):
+        ignored = ignored_inputs(self.denoiser, x0, cond)
+        if "level" in ignored:
             raise UndiffuseError(
                 "the network ignores its noise level: its output at t = 0.5 and 0.9 is the same to the last bit after "
                 "an update, so it cannot learn to denoise; use the label that the network is called with"
             )
-        for name, values in cond.items():
-            if not torch.equal(values[:1], null[name]) and torch.equal(y, answer(0.5, **{name: values[:1]})):
-                raise UndiffuseError(
-                    f"the network ignores the condition {name!r}: its output is the same with and without it; use the "
-                    "vector that the network is called with, or train with model.conditional=false"
-                )
-        self.denoiser.train()
+        for name in ignored:
+            raise UndiffuseError(
+                f"the network ignores the condition {name!r}: its output is the same with and without it; use the "
+                "vector that the network is called with, or train with model.conditional=false"
+            )
+
+
+@torch.no_grad()
+def ignored_inputs(denoiser: Denoiser, x0: Tensor, cond: dict[str, Tensor]) -> list[str]:
+    """Which of ``level`` and the conditions the output does not depend on, to the last bit; right after the first
+    update, since a network may begin with 0. ``x0``, ``cond``: at least one sample."""
+    training = denoiser.training
+    denoiser.eval()
+    x, null = x0[:1], denoiser.null(1)
+
+    def answer(t: float, **cond: Tensor) -> Tensor:
+        # One call each: rows of one batch may differ by rounding alone.
+        return denoiser.output(x, denoiser.schedule(t), **{**null, **cond})[0]
+
+    y = answer(0.5)
+    ignored = ["level"] if torch.equal(y, answer(0.9)) else []
+    for name, values in cond.items():
+        if not torch.equal(values[:1], null[name]) and torch.equal(y, answer(0.5, **{name: values[:1]})):
+            ignored.append(name)
+    denoiser.train(training)
+    return ignored
