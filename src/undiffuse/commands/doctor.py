@@ -55,7 +55,7 @@ def doctor(
     device: str = "auto",
     data_root: AnyPath | None = None,
     labels: str | None = None,
-    length: int | None = None,
+    length: float | None = None,
     quick: bool = False,
     resume: bool = False,
     nan: bool = False,

@@ -187,7 +187,7 @@ def prepare(
     seed: int,
     data_root: AnyPath | None,
     labels: str | None,
-    length: int | None,
+    length: float | None,
     strict: bool,
     set: tuple[str, ...],
 ) -> tuple[Dataset, Recipe]:
