@@ -294,7 +294,8 @@ class _Run:
                 self.say(textwrap.fill(f"changed    {change}", 80, subsequent_indent=" " * 11))
         else:
             for finding in glance(self.trainer.dataset, self.recipe, minutes=self.minutes, out=self.out):
-                self.say(f"{finding.light:<10} {finding.check}: {finding.measured}; {finding.remedy}")
+                line = f"{finding.light:<10} {finding.check}: {finding.measured}; {finding.remedy}"
+                self.say(textwrap.fill(line, 80, subsequent_indent=" " * 11, break_on_hyphens=False))
         self.metrics.truncate(lambda line: json.loads(line)["step"] <= trainer.step)
         if self.held_out is not None:
             self.evaluations.rewrite([json.dumps(row, allow_nan=False) for row in self.curve.to_json()["rows"]])
