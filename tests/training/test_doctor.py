@@ -99,6 +99,13 @@ DATA_CASES = {
     "near copies": (doctor.check_duplicates, patient(GOOD), patient(nearly_copied()), "near-duplicates", "yellow"),
     "flat": (doctor.check_constant, patient(GOOD), patient(with_flat(5)), "constant", "yellow"),
     "mostly flat": (doctor.check_constant, patient(GOOD), patient(with_flat(80)), "constant", "red"),
+    "digits mirrored": (
+        doctor.check_mirroring,
+        patient(GOOD, LABELS),
+        patient(GOOD, LABELS, "augment.flip=0.5"),
+        "mirroring",
+        "yellow",
+    ),
     "classes": (doctor.check_classes, patient(GOOD, LABELS), patient(GOOD, RARE), "classes", "yellow"),
 }
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Dataset
+from ..data.augment import advice
 from ..denoiser import Denoiser, UnitVariance
 from ..errors import UndiffuseError, UndiffuseWarning
 from ..networks import build
@@ -303,6 +304,15 @@ def check_classes(patient: Patient) -> Iterator[Finding]:
         yield Finding("classes", "green", measured)
 
 
+def check_mirroring(patient: Patient) -> Iterator[Finding]:
+    """Mirroring where pictures have a left and a right."""
+    said, flip = advice(patient.dataset.spec, patient.recipe.augment), patient.recipe.augment.flip
+    if flip and said:
+        yield Finding("mirroring", "yellow", said.partition("; ")[0], "--set augment.flip=0")
+    elif patient.dataset.spec.has_pictures:
+        yield Finding("mirroring", "green", said or (f"{flip:.0%} are mirrored" if flip else "none, right for digits"))
+
+
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 
@@ -404,6 +414,7 @@ DATA: tuple[Check, ...] = (
     check_duplicates,
     check_constant,
     check_classes,
+    check_mirroring,
 )
 PLAN: tuple[Check, ...] = (check_terminal_snr, check_overlap, check_disk)
 
