@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from io import BytesIO
 from math import ceil, sqrt
 from pathlib import Path
@@ -136,7 +137,7 @@ def write_animation(path: str | Path, pictures: Sequence[Image.Image], seconds: 
 # --- What `undiffuse sample` and the previews of training write -------------------------------------------------------
 
 
-WRITTEN = {"image": ("",), "sound": (".wav", ""), "points": (".csv",), "video": (".webp", ".gif", ""), "array": ()}
+WRITTEN = {"image": ("",), "sound": (".wav", ""), "points": (".csv",), "video": (".webp", ".gif"), "array": ()}
 """The kinds of file that samples of each kind of data may become, besides ``.npy`` and, if they can be drawn, pictures.
 The empty one is a folder with a file (for a clip, a folder of frames) for each sample."""
 
@@ -204,6 +205,10 @@ def write_samples(
         write_bytes_atomic(target, buffer.getvalue())
     elif suffix == ".png":
         write_png(target, grid(spec, x, columns), parameters)
+    elif suffix in (".gif", ".webp"):
+        still = replace(spec, kind="image", shape=(spec.channels, *spec.shape[2:]), layout=spec.layout[1:])
+        clip = [tile(still.to_images(x[:, :, t]), columns) for t in range(spec.shape[1])]
+        write_animation(target, clip, seconds=spec.shape[1] / 8)
     elif suffix == ".csv":
         write_bytes_atomic(target, write_table(spec.names, spec.to_data(x)))
     elif suffix == ".wav":

@@ -60,6 +60,7 @@ def train(
     data_root: AnyPath | None = None,
     labels: str | None = None,
     length: float | None = None,
+    frames: int | None = None,
     channels: int | None = None,
     workers: int | None = None,
     strict: bool = False,
@@ -87,6 +88,7 @@ def train(
         labels: What the classes of files are: folder (the default, where there are folders), name (what stands before
             the first _ or - of a file's name), none, or an attribute in metadata.jsonl.
         length: Seconds to which sounds are cropped or filled with silence (default: what 95 % of them fit into).
+        frames: Makes clips of so many frames: each folder of pictures, or each animated picture, is one.
         channels: 1, 3 or 4 for images, 1 for mono; arrays: how many there are, where their shape does not tell.
         workers: Threads that read coming batches (default: what suits the data and the device); changes only the speed.
         strict: Refuse a folder with a file that cannot be read instead of skipping it.
@@ -122,6 +124,7 @@ def train(
         "--labels": labels,
         "--workers": workers,
         "--length": length,
+        "--frames": frames,
         "--channels": channels,
     }
     words = ["undiffuse", "train", data]
@@ -148,6 +151,7 @@ def train(
         data_root=data_root,
         labels=labels,
         length=length,
+        frames=frames,
         strict=strict,
         set=set,
     )

@@ -13,6 +13,7 @@ from ..errors import UndiffuseError, UndiffuseWarning
 from . import named
 from .arrays import open_array, resized
 from .base import ArrayDataset, Dataset
+from .clips import Clips
 from .folder import Files, Images, Reader
 from .images import MIN_SIDE, Channels, Size
 from .sounds import Sounds
@@ -40,6 +41,7 @@ def open_dataset(
     data_root: str | Path | None = None,
     labels: str | None = None,
     length: float | None = None,
+    frames: int | None = None,
     strict: bool = False,
     seed: int = 0,
 ) -> Dataset:
@@ -53,6 +55,7 @@ def open_dataset(
     ``labels``   what the classes of files are: "folder" (the default, where there are folders), "name" (what stands
         before the first _ or - of the file's name), "none", or an attribute in ``metadata.jsonl``
     ``length``   seconds, of sounds
+    ``frames``   makes clips of so many frames: each folder of pictures, or each animated picture, is one
     ``strict``   refuse a folder at its first bad file instead of skipping it
     ``seed``   of the sets that are drawn (``moons``, ``swissroll``, ``checkerboard``), 0 to 2^32 - 1
     """
@@ -72,7 +75,7 @@ def open_dataset(
         raise _missing(data, path)
     store = open_store(path)
     if store is not None:
-        return Files(store, _reader(store, size, channels, length), labels=labels, strict=strict)
+        return Files(store, _reader(store, size, channels, length, frames), labels=labels, strict=strict)
     if path.suffix.lower() in (".csv", ".tsv") and path.is_file():
         return open_table(path, labels=labels)
     if path.suffix.lower() in (".npy", ".npz") and path.is_file():
@@ -81,14 +84,18 @@ def open_dataset(
     raise UndiffuseError(f"{printable(data)}: {what} not supported; {_choices()}")
 
 
-def _reader(store: Store, size: Size, channels: Channels, length: float | None) -> Reader:
+def _reader(store: Store, size: Size, channels: Channels, length: float | None, frames: int | None) -> Reader:
     """What most files of the store are: images, or sounds."""
     extensions = [file.extension for file, _ in store.listing]
     kinds = {kind: sum(each in kind.known | kind.unsupported for each in extensions) for kind in (Images, Sounds)}
     if kinds[Sounds] <= kinds[Images]:
         _refuse_unused(store.name, "images", length=length)
+        if frames is not None:
+            if isinstance(frames, bool) or not isinstance(frames, int) or not 2 <= frames <= 4096:
+                raise UndiffuseError(f"frames={frames!r} must be a whole number from 2 to 4096")
+            return Clips(frames, size, channels)
         return Images(size, channels)
-    _refuse_unused(store.name, "sounds", image_size=size)
+    _refuse_unused(store.name, "sounds", image_size=size, frames=frames)
     return Sounds(length, channels)
 
 

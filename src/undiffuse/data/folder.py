@@ -65,7 +65,7 @@ class Reader(ABC):
         """Whether a file without an extension is of this kind. Nothing else is opened on suspicion."""
         return False
 
-    def group(self, files: Sequence[File]) -> list[tuple[str, tuple[File, ...]]]:
+    def group(self, store: Store, files: Sequence[File]) -> list[tuple[str, tuple[File, ...]]]:
         """The items: each file is one, called by its path."""
         return [(file.path, (file,)) for file in files]
 
@@ -119,7 +119,7 @@ def scan(store: Store, reader: Reader, *, strict: bool = False) -> Scan:
             else:
                 good.append(file)
     entries: list[Entry] = []
-    for path, files in reader.group(good):
+    for path, files in reader.group(store, good):
         try:
             entries.append(Entry(path, files, reader.header(store, files), "\0".join(map(store.fact, files))))
         except BadFile as reason:

@@ -80,7 +80,7 @@ class Decoded:
 
 def read_header(file: BinaryIO) -> Header:
     """Size and kind of an image, from its header alone. Raises :class:`BadFile`."""
-    with _foreign(), warnings.catch_warnings():
+    with foreign(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         head = file.read(29)
         file.seek(0)
@@ -91,7 +91,7 @@ def read_header(file: BinaryIO) -> Header:
 def decode(data: bytes, target: Target) -> Decoded:
     """The pixels of an image file as ``target`` wants them: uint8, or uint16 for 16 bits. Raises :class:`BadFile`."""
     notes = _check_whole(data)
-    with _foreign(), Image.open(BytesIO(data), formats=FORMATS) as image:
+    with foreign(), Image.open(BytesIO(data), formats=FORMATS) as image:
         header = _header(image, data[:29])
         depth = _bit_depth(image, data)
         if header.bits == 16 and image.mode not in SIXTEEN:
@@ -165,7 +165,7 @@ def is_image(head: bytes) -> bool:
 
 
 @contextmanager
-def _foreign() -> Generator[None, None, None]:
+def foreign() -> Generator[None, None, None]:
     """Turns whatever a decoder does with a broken file into a reason. Decoders raise nearly every kind of exception."""
     try:
         yield
