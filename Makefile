@@ -18,14 +18,14 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo
 	@echo "Without make: python3 -m venv .venv && .venv/bin/pip install -c constraints.txt torch==2.13.0"
-	@echo "              .venv/bin/pip install -c constraints.txt -e '.[demo,plot,dev]'"
+	@echo "              .venv/bin/pip install -c constraints.txt -e '.[demo,plot,serve,dev]'"
 
 # torch first and alone: a later requirement must find it there rather than choose a build of its own.
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "undiffuse needs Python 3.11 or newer: install it, or say make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,plot,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,plot,serve,dev]'
 	@touch $@
 
 demo: $(READY) ## train on real handwritten digits and sample from the model, into runs/demo (two minutes)

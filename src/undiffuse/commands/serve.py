@@ -1,0 +1,136 @@
+"""``undiffuse serve``: models behind HTTP."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ..errors import UndiffuseError
+from .options import AnyPath
+
+EXAMPLES = """
+undiffuse serve runs/demo                      http://127.0.0.1:8000/v1, the API of OpenAI's images
+undiffuse serve runs/demo runs/mnist --rows 32     two models, at most 32 rows a network call
+undiffuse serve runs/demo --host 0.0.0.0       others may ask, with the key in $UNDIFFUSE_API_KEY
+curl http://127.0.0.1:8000/v1/images/generations -H 'Content-Type: application/json' \\
+     -d '{"prompt": "7", "seed": 1, "num_inference_steps": 10}'
+"""
+
+KEY = "UNDIFFUSE_API_KEY"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that has ended."""
+
+    address: str
+    models: tuple[str, ...]
+    finished: int
+    failed: int
+
+
+def serve(
+    models: Annotated[tuple[AnyPath, ...], tyro.conf.Positional],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    rows: int | None = None,
+    exact: bool = False,
+    waiting: int = 64,
+    seconds: float = 300.0,
+    device: str = "auto",
+) -> Served:
+    """Serve models over HTTP until Ctrl-C or SIGTERM; requests that run are finished first.
+
+    Requests of different steps, solvers and guidance are answered together, one network call at a time. A model is
+    asked for by the name of its folder; `runs/demo` is `demo`.
+
+    Args:
+        models: Run folders or model folders.
+        host: The address to listen on; any but this machine's own needs a key.
+        port: The port; 0 takes a free one.
+        api_key: What clients must send; better set $UNDIFFUSE_API_KEY, which others cannot read from the list of
+            processes.
+        rows: Most rows of a network call, a guided sample taking two (default: as many as a probe finds to pay).
+        exact: Fill every call up to --rows, so that on a CPU a picture is the same to the last bit whoever else is
+            served (`undiffuse sample --rows N` makes it too); slower.
+        waiting: Most requests that wait; one more is answered with 429.
+        seconds: Until a request is given up, waiting included.
+        device: auto, cpu, cuda, mps.
+
+    Raises:
+        UndiffuseError: no such model, a public address without a key, a port in use, packages missing.
+    """
+    from ..pipeline import Pipeline, find_pipeline, resolve_device
+
+    try:
+        import uvicorn
+
+        from ..serving.server import GRACE, Door, Limits, Service, create_app, names_of
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("undiffuse"):
+            raise
+        raise UndiffuseError(f"serving needs {error.name}: pip install 'undiffuse[serve]'") from None
+    from ..serving.engine import Engine
+
+    key = api_key or os.environ.get(KEY) or None
+    local = host in ("127.0.0.1", "localhost", "::1")
+    if not local and key is None:
+        raise UndiffuseError(f"--host {host} is open to others: set a key in ${KEY} (or with --api-key)")
+    if not models:
+        raise UndiffuseError("name a model: undiffuse serve runs/NAME")
+    if not 0 <= port < 65536 or waiting < 1 or not seconds > 0:
+        raise UndiffuseError(f"--port {port} --waiting {waiting} --seconds {seconds:g}: out of range")
+    if rows is not None and rows < 2:
+        raise UndiffuseError(f"--rows {rows}: at least 2, since a guided sample takes two")
+    folders = {name_of(Path(model)): Path(model) for model in models}
+    if len(folders) < len(models):
+        raise UndiffuseError("two of these models have the same name: serve them from folders of different names")
+    for folder in folders.values():
+        find_pipeline(folder)
+    place = resolve_device(device)
+
+    def load() -> Engine:
+        pipelines = {name: Pipeline.load(folder, place) for name, folder in folders.items()}
+        return Engine(pipelines, rows=rows, waiting=waiting, exact=exact)
+
+    config = uvicorn.Config(
+        app=lambda scope: None,  # replaced below, when the port is known
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_graceful_shutdown=round(GRACE) + 1,
+        timeout_keep_alive=10,
+        limit_concurrency=2000,
+        server_header=False,
+        h11_max_incomplete_event_size=65536,
+    )
+    try:
+        listening = config.bind_socket()
+    except SystemExit:
+        raise UndiffuseError(f"--port {port}: cannot be listened on; is something else there? Take another") from None
+    port = listening.getsockname()[1]
+    service = Service(load, Limits(seconds=seconds))
+    config.app = create_app(service, Door(names_of(host, port) if local else frozenset(), key))
+    address = f"http://{'127.0.0.1' if local else host}:{port}"
+    print(f"serving    {', '.join(folders)} at {address}/v1 (Ctrl-C ends it)", flush=True)
+    server = uvicorn.Server(config)
+    server.run(sockets=[listening])
+    if service.trouble is not None:
+        raise UndiffuseError(service.trouble)
+    done = service.engine.counters if service.engine is not None else None
+    return Served(address, tuple(folders), done.finished if done else 0, done.failed if done else 0)
+
+
+def report(served: Served) -> str:
+    return f"served     {served.finished:,} jobs, {served.failed:,} failed"
+
+
+def name_of(path: Path) -> str:
+    """``runs/demo`` and ``runs/demo/model`` are ``demo``."""
+    path = path.absolute()
+    return path.parent.name if path.name == "model" and path.parent.name else path.name

@@ -1,0 +1,315 @@
+"""What clients send and get: OpenAI's image API, Hugging Face's text-to-image, and arrays for data that is no picture.
+
+Every form becomes the same :class:`.engine.Request`. Unknown fields are refused by name: a setting that would silently
+do nothing is a wrong result.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from ..commands.sample import parse_classes
+from ..data import DataSpec
+from ..data.images import Target, decode
+from ..data.store import BadFile
+from ..errors import UndiffuseError
+from ..pipeline import Pipeline, Sampling
+
+B = TypeVar("B", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for."""
+
+    body: int = 20_000_000  # bytes
+    samples: int = 64
+    steps: int = 1000
+    pixels: int = 16_000_000  # of an uploaded picture
+    seconds: float = 300.0  # until the answer, waiting included
+    upload_seconds: float = 30.0  # until the body has arrived
+
+
+class Refused(Exception):
+    """An answer that is an error: ``{"error": {message, type, param, code}}``."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers: dict[str, str] = {}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+# --- The forms --------------------------------------------------------------------------------------------------------
+
+
+class How(BaseModel):
+    """Fields beyond OpenAI's that every form takes; with its client they go into ``extra_body``."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    num_inference_steps: int | None = Field(None, ge=1, description="how many steps")
+    guidance_scale: float | None = Field(None, ge=-100, le=100, description="1: the conditional model")
+    negative_prompt: str | None = Field(None, max_length=10_000, description="what guidance leads away from")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="sample i is a function of the seed and i")
+    solver: str | None = Field(None, max_length=100, description="how to walk from noise to data")
+    grid: str | None = Field(None, max_length=100, description="which noise levels to visit")
+    class_labels: int | list[int] | None = Field(None, description="class numbers; sample i gets number i modulo them")
+
+
+class Generation(How):
+    """The body of ``/v1/images/generations``."""
+
+    prompt: str = Field("", max_length=10_000, description="class names or numbers; empty: all classes in turn")
+    model: str | None = Field(None, max_length=200)
+    n: int | None = Field(None, ge=1)
+    size: str | None = Field(None, max_length=20, description="WIDTHxHEIGHT of the model, or auto")
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: int | None = Field(None, ge=0, le=100)
+    stream: bool | None = None
+    partial_images: int | None = Field(None, ge=0, le=16)
+    quality: Literal["auto", "standard"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    user: str | None = Field(None, max_length=1000)
+
+
+class Edit(Generation):
+    """The fields of ``/v1/images/edits`` beside its files, ``image`` and ``mask``."""
+
+    strength: float | None = Field(None, gt=0, le=1, description="how much noise; 0.6, or 1 with a mask")
+
+
+class Samples(How):
+    """The body of ``/v1/samples``."""
+
+    prompt: str = Field("", max_length=10_000)
+    model: str | None = Field(None, max_length=200)
+    n: int | None = Field(None, ge=1)
+
+
+class Parameters(How):
+    """``parameters`` of Hugging Face's text-to-image."""
+
+    width: int | None = None
+    height: int | None = None
+    scheduler: str | None = Field(None, max_length=100, description="the name of a solver")
+
+
+class TextToImage(BaseModel):
+    """Hugging Face's text-to-image: ``{"inputs": ..., "parameters": {...}}``; answered by the bytes of one PNG."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    inputs: str = Field(max_length=10_000)
+    parameters: Parameters | None = None
+
+
+def read_json(body: bytes, form: type[B]) -> B:
+    """``body`` as one form. Stricter than most: no duplicate keys, no NaN, no text for numbers, no unknown field."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in items:
+            if key in seen:
+                raise Refused(400, f"{short(key)} is given twice", short(key), "duplicate_field")
+            seen[key] = value
+        return seen
+
+    def constant(text: str) -> float:
+        raise Refused(400, f"{text} is not JSON")
+
+    try:
+        value = json.loads(body.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except (ValueError, RecursionError):
+        raise Refused(400, "the body is not JSON", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise Refused(400, "the body must be a JSON object", code="invalid_json")
+    return checked(form, value, strict=True)
+
+
+def checked(form: type[B], value: Mapping[str, Any], strict: bool) -> B:
+    """The form, or an error that names the field; form fields of uploads are text, so numbers are read from them."""
+    try:
+        return form.model_validate(dict(value), strict=strict)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        param = short(".".join(str(part) for part in first["loc"]) or "body")
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(form.model_fields)
+            raise Refused(400, f"unknown field {param}; known are {known}", param, "unknown_field") from None
+        raise Refused(400, f"{param}: {first['msg']}", param, "invalid_value") from None
+    except (UnicodeError, RecursionError):
+        raise Refused(400, "the body holds text that is not Unicode", code="invalid_value") from None
+
+
+def short(text: str) -> str:
+    return ascii(text)[1:-1][:80]
+
+
+# --- Forms to requests ------------------------------------------------------------------------------------------------
+
+
+def samples_of(form: Generation | Samples, limits: Limits) -> int:
+    count = form.n or 1
+    if count > limits.samples:
+        raise Refused(400, f"n is at most {limits.samples}", "n", "too_large")
+    return count
+
+
+def seed_of(form: How) -> int:
+    """The seed that was given, or a new one; the answer says which."""
+    return secrets.randbelow(2**31) if form.seed is None else form.seed
+
+
+def sampling_of(form: How, pipeline: Pipeline, limits: Limits) -> Sampling:
+    """The model's settings with those that the form changes."""
+    if form.num_inference_steps is not None and form.num_inference_steps > limits.steps:
+        raise Refused(400, f"num_inference_steps is at most {limits.steps}", "num_inference_steps", "too_large")
+    changes: dict[str, Any] = {}
+    for field, name in (
+        ("solver", "solver"),
+        ("grid", "grid"),
+        ("num_inference_steps", "steps"),
+        ("guidance_scale", "guidance_scale"),
+    ):
+        value = getattr(form, field)
+        if value is not None:
+            changes[name] = value
+    try:
+        settings = pipeline.settings(**changes)
+    except UndiffuseError as error:
+        field = "solver" if "solver" in str(error) else "grid" if "grid" in str(error) else None
+        raise Refused(400, str(error), field, "invalid_value") from None
+    if settings.solver.adaptive:
+        raise Refused(400, "this solver chooses its own number of steps; name another", "solver", "invalid_value")
+    return settings
+
+
+def classes_of(form: How, prompt: str, pipeline: Pipeline, samples: int) -> list[int | None] | None:
+    """The class of each sample: of ``class_labels``, else of the prompt."""
+    names = pipeline.spec.classes if "classes" in pipeline.denoiser.null(1) else ()
+    if form.class_labels is not None:
+        labels = [form.class_labels] if isinstance(form.class_labels, int) else form.class_labels
+        if not names:
+            raise Refused(400, "this model has no classes", "class_labels", "invalid_value")
+        if not labels or any(not 0 <= label < len(names) for label in labels):
+            raise Refused(400, f"classes are 0 to {len(names) - 1}", "class_labels", "invalid_value")
+        if prompt.strip():
+            raise Refused(400, "give class_labels or a prompt, not both", "class_labels", "invalid_value")
+        return [labels[i % len(labels)] for i in range(samples)]
+    if not prompt.strip():
+        return [i % len(names) for i in range(samples)] if names else None
+    if not names:
+        raise Refused(400, "this model takes no prompt: leave it empty", "prompt", "invalid_value")
+    return [_classes(prompt, names, "prompt")[i % len(_classes(prompt, names, "prompt"))] for i in range(samples)]
+
+
+def against_of(form: How, pipeline: Pipeline) -> int | None:
+    """The class that guidance leads away from."""
+    if not (form.negative_prompt or "").strip():
+        return None
+    names = pipeline.spec.classes if "classes" in pipeline.denoiser.null(1) else ()
+    chosen = _classes(form.negative_prompt or "", names, "negative_prompt") if names else []
+    if len(chosen) != 1:
+        raise Refused(400, "a negative prompt is one class of this model", "negative_prompt", "invalid_value")
+    return chosen[0]
+
+
+def _classes(text: str, names: tuple[str, ...], param: str) -> list[int | None]:
+    try:
+        return parse_classes(text.strip(), names)
+    except UndiffuseError as error:
+        raise Refused(400, str(error), param, "invalid_value") from None
+
+
+def check_size(form: Generation, spec: DataSpec) -> None:
+    """A model makes pictures of one size; asking for another is refused rather than resized."""
+    if not spec.has_pictures:
+        raise Refused(400, "this model makes no pictures: use /v1/samples", "model", "invalid_value")
+    height, width = spec.shape[1:]
+    if form.size not in (None, "auto", f"{width}x{height}"):
+        raise Refused(400, f"this model makes pictures of size {width}x{height}", "size", "invalid_value")
+
+
+# --- Pictures in and out ----------------------------------------------------------------------------------------------
+
+
+def read_picture(data: bytes, spec: DataSpec, limits: Limits) -> Tensor:
+    """An uploaded picture as ``[1, *shape]`` in model units, cropped and resized as training pictures are."""
+    height, width = spec.shape[1:]
+    bits = 16 if spec.dtype == "uint16" else 8
+    if spec.dtype not in ("uint8", "uint16"):
+        raise Refused(400, f"this model's data are {spec.dtype}, no pictures can be uploaded", "image", "invalid_value")
+    try:
+        pixels = decode(data, Target((height, width), spec.channels, bits)).pixels
+    except BadFile as error:
+        raise Refused(400, f"image: {error}", "image", "invalid_image") from None
+    low, high = float(spec.low or 0), float(spec.high or 255)
+    scaled = low + pixels.astype(np.float64) / (2**bits - 1) * (high - low)  # digits are 0 to 16, say
+    if "C" in spec.layout and pixels.ndim == 2:
+        scaled = scaled[..., None]
+    if "C" in spec.layout:
+        scaled = np.moveaxis(scaled, -1, spec.layout.index("C"))
+    return spec.to_model(np.rint(scaled)[None].astype(spec.dtype))
+
+
+def read_mask(data: bytes, spec: DataSpec, limits: Limits) -> Tensor:
+    """What must stay, ``[1, 1, H, W]``. With an alpha channel the transparent part is to be edited (OpenAI's form);
+    without one the white part is (diffusers' form)."""
+    import torch
+
+    height, width = spec.shape[1:]
+    try:
+        pixels = decode(data, Target((height, width), 4, 8)).pixels
+    except BadFile as error:
+        raise Refused(400, f"mask: {error}", "mask", "invalid_image") from None
+    alpha = pixels[..., 3]
+    keep = alpha > 127 if (alpha < 255).any() else pixels[..., :3].mean(-1) < 128
+    if keep.all():
+        raise Refused(400, "the mask leaves nothing to edit: make a part of it transparent, or white", "mask")
+    return torch.from_numpy(keep)[None, None]
+
+
+def encode(picture: np.ndarray, kind: str, compression: int | None) -> bytes:
+    """uint8 ``[H, W]`` or ``[H, W, C]`` as a file."""
+    buffer = BytesIO()
+    image = Image.fromarray(picture)
+    if kind == "jpeg":
+        image.convert("L" if image.mode == "L" else "RGB").save(buffer, "JPEG", quality=compression or 95)
+    elif kind == "webp":
+        image.save(buffer, "WEBP", **({"lossless": True} if compression is None else {"quality": compression}))
+    else:
+        image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def text_of(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def as_array(spec: DataSpec, x: Sequence[Tensor]) -> bytes:
+    """``.npy`` bytes of the samples in the data's own units."""
+    import torch
+
+    buffer = BytesIO()
+    np.save(buffer, spec.to_data(torch.cat(list(x))), allow_pickle=False)
+    return buffer.getvalue()
