@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -62,6 +63,8 @@ def running(key: str | None = None, **limits: Any) -> Iterator[Running]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     service._thread.join()
+    while not server.started:
+        time.sleep(0.01)
     try:
         yield Running(port, model, service)
     finally:
