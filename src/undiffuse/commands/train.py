@@ -194,6 +194,7 @@ def prepare(
     length: float | None,
     strict: bool,
     set: tuple[str, ...],
+    frames: int | None = None,
 ) -> tuple[Dataset, Recipe]:
     """The data and the recipe that these options mean."""
     from ..config import override
@@ -211,6 +212,7 @@ def prepare(
         data_root=data_root,
         labels=labels,
         length=length,
+        frames=frames,
         strict=strict,
         seed=seed,
     )
