@@ -423,6 +423,51 @@ def frechet_floor() -> plt.Figure:
     return figure
 
 
+def networks() -> plt.Figure:
+    """The two families for data with spatial dimensions, as the code lays them out: a U-Net and one block of a DiT."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.6, 4.0), width_ratios=(1.25, 1))
+    for axes in (left, right):
+        axes.axis("off")
+        axes.grid(False)
+
+    def box(axes: Axes, x: float, y: float, width: float, text: str, colour: str) -> None:
+        axes.add_patch(plt.Rectangle((x - width / 2, y - 0.3), width, 0.6, facecolor=colour, alpha=0.25))
+        axes.text(x, y, text, ha="center", va="center", fontsize=9)
+
+    def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], style: str = "-") -> None:
+        axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": GREY, "ls": style, "lw": 1.4})
+
+    left.set(xlim=(-0.9, 8.9), ylim=(-0.6, 4.6), title="U-Net with three levels")
+    for x, text in ((0.0, "fold, stem"), (8.0, "head, unfold")):
+        box(left, x, 3.8, 1.7, text, GREY)
+    for i, y in enumerate((3.8, 2.2)):
+        for x in (2.0 + i, 6.0 - i):
+            box(left, x, y, 1.4, f"level {i}", COLOURS[0])
+        arrow(left, (2.75 + i, y), (5.25 - i, y), "--")
+        left.text(4, y + 0.12, "+", ha="center", color=GREY)
+        arrow(left, (2.0 + i, y - 0.35), (3.0 + i if i == 0 else 3.9, y - 1.25))
+        arrow(left, (5.0 if i == 0 else 4.1, y - 1.25), (6.0 - i, y - 0.35))
+    box(left, 4.0, 0.6, 2.2, "level 2 (middle)", COLOURS[2])
+    arrow(left, (0.9, 3.8), (1.25, 3.8))
+    arrow(left, (6.75, 3.8), (7.1, 3.8))
+    left.text(4, -0.35, "down: half the size          up: twice the size", ha="center", fontsize=9, color=GREY)
+
+    right.set(xlim=(-2.6, 4.2), ylim=(-0.6, 6.1), title="a block of the transformer")
+    parts = ["norm, scale, shift", "attention", "gate, +", "cross-attention to tokens, +", "norm, scale, shift",
+             "perceptron", "gate, +"]  # fmt: skip
+    for i, part in enumerate(parts):
+        y = 5.4 - 0.85 * i
+        modulated = part.startswith(("norm", "gate"))
+        box(right, 0, y, 3.8, part, COLOURS[3] if modulated else COLOURS[2 if "token" in part else 0])
+        if i:
+            arrow(right, (0, y + 0.58), (0, y + 0.28))
+        if modulated:
+            arrow(right, (2.6, y), (1.95, y))
+    right.plot([2.6, 2.6], [5.4 - 0.85 * 6, 5.4], color=GREY, lw=1.4)
+    right.text(2.75, 2.85, "embedding of\nlevel, vector\nand mean token", va="center", fontsize=9)
+    return figure
+
+
 PICTURES: dict[str, Callable[[], plt.Figure]] = {
     "levels": levels,
     "schedules": schedules,
@@ -436,6 +481,7 @@ PICTURES: dict[str, Callable[[], plt.Figure]] = {
     "pictures": pictures,
     "pipeline": pipeline,
     "weights": weights,
+    "networks": networks,
     "frechet_floor": frechet_floor,
 }
 
