@@ -20,6 +20,14 @@ class UndiffuseError(ValueError):
     """What the command line ends with."""
 
 
+class Deserted(UndiffuseError):
+    """Of several processes another one has failed, and says itself why."""
+
+
+class Failed(UndiffuseError):
+    """Of several processes one that is not the first has failed; the message says which."""
+
+
 class UndiffuseWarning(UserWarning):
     """The result will be right, but probably not what was hoped for; the message says why and what to change."""
 

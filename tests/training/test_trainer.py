@@ -70,14 +70,6 @@ def test_accumulation_changes_rounding_only(parts: int) -> None:
         assert torch.allclose(a, b, atol=2e-5)
 
 
-def test_the_devices_of_a_batch_together_see_all_of_it() -> None:
-    """The gradients of two ranks add up to the gradient of the batch: their losses do, and are over disjoint rows."""
-    dataset = points()
-    whole = Trainer(dataset, recipe(dataset)).update().loss
-    parts = [Trainer(dataset, recipe(dataset), rank=rank, world=2).update().loss for rank in range(2)]
-    assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-6)
-
-
 def test_only_the_dropped_conditions_train_the_null_class() -> None:
     dataset = points()
     for rate, untouched in ((1.0, [0, 1]), (0.0, [2])):

@@ -28,7 +28,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import UndiffuseError, UndiffuseWarning
+from ..errors import Deserted, Failed, UndiffuseError, UndiffuseWarning
 
 VERBS = {
     "demo": "train on real handwritten digits and sample from the model",
@@ -83,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UndiffuseError, OSError) as error:
         if debug:
             raise
-        _complain(_sentence(error))
+        if _tells(error):
+            _complain(_sentence(error))
         return error.exit_code if isinstance(error, UndiffuseError) else MISTAKE
 
 
@@ -109,9 +110,24 @@ def _run(words: list[str], as_json: bool) -> int:
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         result = call()
     text = json.dumps(plain(result), indent=2, allow_nan=False) if as_json else module.report(result)
-    if text:
+    if text and _leads():
         print(text)
     return vars(module).get("exit_code", lambda result: OK)(result)
+
+
+# --- several processes (torchrun) -------------------------------------------------------------------------------------
+
+
+def _leads() -> bool:
+    """Whether this process is the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _tells(error: Exception) -> bool:
+    """Whether this process prints an error: mistakes in the command line are found by all, other failures by one."""
+    if _leads() or isinstance(error, Failed):
+        return True
+    return os.environ.get("LOCAL_RANK") == "0" and not isinstance(error, Deserted)
 
 
 # --- words to a call --------------------------------------------------------------------------------------------------
@@ -240,6 +256,8 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     if issubclass(category, UndiffuseWarning):
+        if not _leads():
+            return  # the first process warns of the same
         _complain(f"warning: {' '.join(str(message).split())}")
     else:
         usual(message, category, filename, lineno, file, line)

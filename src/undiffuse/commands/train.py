@@ -104,6 +104,7 @@ def train(
     Raises:
         UndiffuseError: bad data, a setting that does not exist or is out of range, a folder of another run.
     """
+    from ..distributed import joined
     from ..training import run_training
     from ..training.recipe import with_convergence
 
@@ -137,28 +138,29 @@ def train(
     }
     words += [name for name, given in flags.items() if given]
     words += [word for setting in set for word in ("--set", setting)]
-    dataset, chosen = prepare(
-        data,
-        recipe=recipe,
-        steps=steps,
-        images=images,
-        minutes=minutes,
-        batch_size=batch_size,
-        image_size=image_size,
-        channels=channels,
-        model_size=model_size,
-        seed=seed,
-        data_root=data_root,
-        labels=labels,
-        length=length,
-        frames=frames,
-        strict=strict,
-        set=set,
-    )
-    if until_converged:
-        chosen = with_convergence(chosen, given_length=steps is not None or images is not None)
     folder = Path(out) if out is not None else Path("runs") / (Path(data).stem if Path(data).exists() else data)
-    with _screen() as (say, progress):
+    with joined(device) as (team, _), _screen() as (say, progress):
+        with team.agree():
+            dataset, chosen = prepare(
+                data,
+                recipe=recipe,
+                steps=steps,
+                images=images,
+                minutes=minutes,
+                batch_size=batch_size,
+                image_size=image_size,
+                channels=channels,
+                model_size=model_size,
+                seed=seed,
+                data_root=data_root,
+                labels=labels,
+                length=length,
+                frames=frames,
+                strict=strict,
+                set=set,
+            )
+            if until_converged:
+                chosen = with_convergence(chosen, given_length=steps is not None or images is not None)
         result = run_training(
             dataset,
             chosen,

@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
 
 from ..denoiser import Denoiser
+from .engine import local
 
 
 class EMA:
@@ -24,8 +24,13 @@ class EMA:
 
     def __init__(self, model: Denoiser) -> None:
         self.denoiser = copy.deepcopy(model).float().eval().requires_grad_(False)
-        self._averages: list[Tensor] = list(self.denoiser.parameters())
-        self._weights: list[Tensor] = list(model.parameters())
+        self.attach(model)
+
+    @torch.no_grad()
+    def attach(self, model: Denoiser) -> None:
+        """Follow the weights of ``model`` from now on; of divided tensors, this process's slices."""
+        self._averages = [local(average) for average in self.denoiser.parameters()]
+        self._weights = [local(weight) for weight in model.parameters()]
         self._buffers = list(zip(self.denoiser.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..config import from_json, load_json, to_json
 from ..data.spec import DataSpec
 from ..denoiser import Denoiser
+from ..distributed import ALONE
 from ..errors import UndiffuseError
 from ..objectives import loss
 from ..pipeline import REGISTRIES
@@ -95,14 +96,12 @@ class Autopsy:
 
 
 def scene(trainer: Trainer, step: int) -> Scene:
-    """What update ``step`` (from 1) of a trainer computed with; the trainer's own share of its batch."""
+    """What update ``step`` (from 1) of a trainer computed with, on all processes together."""
     size = trainer.recipe.training.batch_size
-    indices = batch_indices(trainer.seed, step - 1, size, len(trainer.dataset))[
-        share(size, trainer.rank, trainer.world)
-    ]
-    x0, given = trainer.read(step - 1)
+    indices = batch_indices(trainer.seed, step - 1, size, len(trainer.dataset))
+    x0, given = trainer.read(step - 1, ALONE)
     given = {name: values.to(trainer.device) for name, values in given.items()}
-    t, eps, cond = trainer.noised(step - 1, given)
+    t, eps, cond = trainer.noised(step - 1, given, ALONE)
     return Scene(
         step, trainer.seed, torch.from_numpy(trainer.dataset.origin(indices)), x0.to(trainer.device), t, eps, cond
     )

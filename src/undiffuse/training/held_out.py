@@ -138,7 +138,7 @@ class HeldOut:
 
     def evaluate(self, trainer: Trainer, curve: Curve) -> tuple[Evaluation, Tensor]:
         """The point that a trainer as it is now would add to the curve, and the averaged weights' loss of each draw."""
-        raw, ema = self.losses(trainer.denoiser), self.losses(trainer.ema.denoiser)
+        raw, ema = self.losses(trainer.weights()), self.losses(trainer.pipeline().denoiser)
         before = curve.before(trainer.images)
         row = Evaluation(
             step=trainer.step,

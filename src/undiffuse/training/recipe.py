@@ -23,6 +23,8 @@ from ..pipeline import REGISTRIES, ModelConfig, Sampling
 from ..predictions import FlowVelocity, Prediction
 from ..schedules import Flow, Schedule
 
+Shard = Literal["auto", "never", "always"]
+
 
 def check(wrong: bool, message: str) -> None:
     """Raise :class:`UndiffuseError` if ``wrong``."""
@@ -146,6 +148,8 @@ class Training:
         batch_size: images an update, over all devices and accumulated parts.
         accumulation: parts in which a batch is computed, to save memory; changes the result only by rounding.
         precision: ``float32``, or ``bf16``: matrix products in bfloat16, all else in float32.
+        shard: whether each of several processes keeps only a slice of weights, optimiser and average: ``always``,
+            ``never``, or ``auto``: on GPUs, for more than 400 million parameters (8 GB of state).
         until_converged: stop when the held-out loss no longer improves measurably (:mod:`.convergence`); ``images`` is
             then the longest that this may take.
         held_out: at most so many items, and at most a tenth, are not trained on and measured instead; 0 for none.
@@ -163,6 +167,7 @@ class Training:
     batch_size: int = 128
     accumulation: int = 1
     precision: Literal["float32", "bf16"] = "float32"
+    shard: Shard = "auto"
     until_converged: bool = False
     held_out: int = 1000
     log_every: int = 20

@@ -39,13 +39,16 @@ from .. import __version__
 from ..config import from_json, load_json, to_json, write_bytes_atomic, write_json_atomic
 from ..data import Dataset
 from ..denoiser import terminal_snr_report
-from ..errors import UndiffuseError, UndiffuseWarning
+from ..distributed import joined
+from ..errors import Deserted, UndiffuseError, UndiffuseWarning
 from ..objectives import overlap
 from ..outputs import suffixes, write_samples
-from ..pipeline import BATCH, REGISTRIES, Pipeline, resolve_device
+from ..pipeline import BATCH, REGISTRIES, Pipeline
 from . import checkpoint, forensics, memory
 from .convergence import Forecast, constant_from, cool_down, forecast
+from .distributed import Leader, follow
 from .doctor import glance
+from .engine import check_divisible
 from .held_out import Curve, HeldOut, Probe, divide, probe
 from .recipe import Plan, Recipe, kind_of
 from .report import REFRESH, Report
@@ -60,7 +63,7 @@ MOST_FAILURES = 3
 
 FREE = (
     *(f"recipe.training.{name}" for name in ("log_every", "preview_every", "checkpoint_every", "milestone_every")),
-    *("recipe.training.keep", "recipe.training.previews", "recipe.sampling"),
+    *("recipe.training.keep", "recipe.training.previews", "recipe.training.shard", "recipe.sampling"),
 )
 """Settings that decide nothing of what is trained: they may be other ones when a run is continued."""
 
@@ -153,40 +156,59 @@ def run_training(
         raise UndiffuseError(f"{out}: a file; --out names a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file() and not (out / ".lock").is_file():
         raise UndiffuseError(f"{out}: has files of something else; choose another --out")
-    device = resolve_device(device)
-    recipe.check(dataset.spec)  # all that can be refused is refused before anything is written
-    tracker = TensorBoard(out / "tensorboard") if tensorboard else None
     if recipe.training.until_converged and minutes is not None:
         raise UndiffuseError("a run until convergence has no time budget: give it --images or --steps as the longest")
-    train, held_out = divide(dataset, recipe.training)
-    if recipe.training.until_converged and held_out is None:
-        raise UndiffuseError(
-            f"{dataset.name}: convergence is judged on held-out items, and there are none: it needs 100 items, "
-            "training.held_out of 10 or more and training.evaluate_every"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    with checkpoint.Lock(out):
-        run = _Run(
-            dataset,
-            train,
-            held_out,
-            recipe,
-            out,
-            seed,
-            device,
-            minutes,
-            change,
-            workers,
-            data or dataset.name,
-            say,
-            progress,
-        )
-        run.probes, run.tracker = probes, tracker
+    with joined(device) as (team, device):
+        with team.agree():  # all that can be refused is refused before anything is written
+            recipe.check(dataset.spec)
+            check_divisible(recipe.training.batch_size, recipe.training.accumulation, team)
+            tracker = TensorBoard(out / "tensorboard") if tensorboard and team.first else None
+            train, held_out = divide(dataset, recipe.training)
+            if recipe.training.until_converged and held_out is None:
+                raise UndiffuseError(
+                    f"{dataset.name}: convergence is judged on held-out items, and there are none: it needs 100 items, "
+                    "training.held_out of 10 or more and training.evaluate_every"
+                )
+
+        def build() -> Trainer:
+            plan = Plan(None) if minutes is not None or recipe.training.until_converged else None
+            return Trainer(train, recipe, seed=seed, device=device, plan=plan, team=team, workers=workers)
+
+        if not team.first:
+            with _signals() as caught:
+                return _dismissed(follow(team, build, caught))
+        leader = Leader(team, build)
         try:
-            return run.train(command)
+            out.mkdir(parents=True, exist_ok=True)
+            with checkpoint.Lock(out):
+                run = _Run(
+                    dataset, held_out, recipe, out, seed, leader, minutes, change, data or dataset.name, say, progress
+                )
+                run.probes, run.tracker = probes, tracker
+                result = run.train(command)
+            leader.outcome = to_json(result)
+            return result
+        except (KeyboardInterrupt, SystemExit):
+            leader.outcome = {"signal": leader.caught[0] if leader.caught else int(signal.SIGINT)}
+            raise
         finally:
             if tracker is not None:
                 tracker.close()
+            leader.end()
+
+
+def _dismissed(outcome: dict[str, Any]) -> Result:
+    """What a process that followed returns or raises: what the leader did."""
+    if "signal" in outcome:
+        raise _stopped(outcome["signal"])
+    if not outcome:
+        raise Deserted("the first process has failed")
+    return from_json(Result, outcome)
+
+
+def _stopped(number: int) -> BaseException:
+    """How a signal ends the process, after it has been obeyed."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
 
 class _Run:
@@ -195,15 +217,13 @@ class _Run:
     def __init__(
         self,
         dataset: Dataset,
-        train: Dataset,
         held_out: Dataset | None,
         recipe: Recipe,
         out: Path,
         seed: int,
-        device: str,
+        leader: Leader,
         minutes: float | None,
         change: bool,
-        workers: int | None,
         data: str,
         say: Callable[[str], None],
         progress: Callable[[Progress], None],
@@ -227,18 +247,18 @@ class _Run:
                 f"{self.checkpoints}: none of the checkpoints is whole; restore one, or remove the folder to begin anew"
             )
         changes = [] if found is None else self._changes(found, change)
-        plan = Plan(None) if minutes is not None or recipe.training.until_converged else None
-        self.trainer = Trainer(train, recipe, seed=seed, device=device, plan=plan, workers=workers)
+        self.leader = leader
+        self.trainer = leader.build()
         self.machine = {
             "torch": torch.__version__,
             "device": self.trainer.device.type,
             "threads": torch.get_num_threads(),
-            "processes": self.trainer.world,
+            "processes": self.trainer.team.size,
         }
         self.seconds_before = 0.0
         self.last_loss: float | None = None
         self.changed: list[str] = []  # what was changed, and after which update
-        self.held_out = None if held_out is None else HeldOut(held_out, recipe, device)
+        self.held_out = None if held_out is None else HeldOut(held_out, recipe, self.trainer.device)
         self.curve = Curve()
         self.whole = dataset
         self.probes: Sequence[Probe] = ()
@@ -307,6 +327,7 @@ class _Run:
         logged = planning = time.monotonic()
         logged_step, first = trainer.step, trainer.step
         with self.writer, _signals() as caught:
+            self.leader.caught = caught  # signals that reach other processes arrive there too
             try:
                 for update in trainer.updates():
                     if update.skipped:
@@ -364,7 +385,7 @@ class _Run:
                     self._status("stopped")
                     self._report("stopped")
                     self.say(f"stopped    after update {trainer.step:,}, saved; resume with the same command")
-                    raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(128 + caught[0])
+                    raise _stopped(caught[0])
             except Diverged as error:
                 self._close()
                 message = f"{self.out}: {error}; likely cause: {self._examine()}; {self._last_good()}"
@@ -392,6 +413,8 @@ class _Run:
     def _examine(self) -> str:
         """Write ``nan/`` about the update that was not finite, and return its likely cause."""
         trainer = self.trainer
+        if trainer.divided:
+            return "not looked for, since no process has all the weights"
         # The last update was skipped, or one since the last check was bad; else a weight is, which the next will show.
         step = trainer.diverged_at or (trainer.step if trainer.skipped_in_row else trainer.step + 1)
         cause = "unknown"
@@ -441,6 +464,7 @@ class _Run:
             "platform": platform.platform(),
             "device": str(self.trainer.device),
             "threads": torch.get_num_threads(),
+            "processes": self.trainer.team.size,
             "host": socket.gethostname(),
         }
         write_json_atomic(self.out / "env.json", environment)
@@ -666,6 +690,8 @@ def header(trainer: Trainer, out: Path, data: str, held_out: str) -> list[str]:
         length = f"{plan.images:,} images ({epochs:.3g} epochs)"
     parts = f" in {training.accumulation} parts" if training.accumulation > 1 else ""
     threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
+    processes = f"{trainer.team.size} processes, " if trainer.team.size > 1 else ""
+    processes += "state divided among them, " if trainer.divided else ""
     dropped = f", {objective.condition_dropout:.0%} of conditions dropped" if trainer.config.conditions else ""
     extras = (f", Huber {objective.huber:g}" if objective.huber else "") + (
         f", offset noise {objective.offset_noise:g}" if objective.offset_noise else ""
@@ -676,7 +702,7 @@ def header(trainer: Trainer, out: Path, data: str, held_out: str) -> list[str]:
     trained = overlap(objective.times, model.schedule, visited)
     lines = [
         f"run        {out}: {length} in batches of {training.batch_size}{parts}, recipe {recipe.name}, seed "
-        f"{trainer.seed}, {trainer.device}{threads}, {training.precision}",
+        f"{trainer.seed}, {processes}{trainer.device}{threads}, {training.precision}",
         f"data       {data}: {dataset.describe()}; {trainer.config.network} {model.size}{own}, "
         f"{recipe.cost(dataset.spec)}{f'; augmented: {recipe.augment}' if recipe.augment else ''}",
         f"held out   {held_out}",

@@ -9,11 +9,13 @@ stopped (on a CPU; law 5).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, final
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar, final
 
 import numpy as np
 import torch
@@ -21,13 +23,15 @@ from torch import Tensor, nn
 
 from ..data import Dataset
 from ..denoiser import Denoiser
+from ..distributed import ALONE, Team
 from ..errors import UndiffuseError
 from ..networks import constrain
-from ..objectives import loss, offset_noise
+from ..objectives import offset_noise
 from ..pipeline import Pipeline
 from ..weights import check_fits, shapes
 from .draws import batch_indices, draw, lent
 from .ema import EMA
+from .engine import check_divisible, divide, divides, exchange, whole
 from .recipe import Plan, Recipe, share
 
 
@@ -80,6 +84,21 @@ class Snapshot:
                     raise Diverged(f"{name} is not finite after update {self.numbers['step']}: lower optimiser.lr")
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def together(method: Callable[Concatenate[Trainer, P], R]) -> Callable[Concatenate[Trainer, P], R]:
+    """A method in which all processes of the team take part."""
+
+    @wraps(method)
+    def announced(self: Trainer, *values: P.args, **options: P.kwargs) -> R:
+        with self.announce(method.__name__):
+            return method(self, *values, **options)
+
+    return announced
+
+
 @final
 class Trainer:
     """Trains one denoiser.
@@ -90,7 +109,8 @@ class Trainer:
         device: where.
         plan: the length of the run, if not the recipe's.
         denoiser: trained instead of the one that the recipe describes.
-        rank, world: this device computes its share of each batch. (Exchanging the gradients is not done here.)
+        team: the processes that train together (:func:`undiffuse.distributed.joined`); each makes the same calls of the
+            methods marked ``together``.
 
     Attributes:
         step: updates done.
@@ -98,6 +118,8 @@ class Trainer:
         workers: threads that read coming batches, one each, while this one is computed; changes nothing but the speed.
         ema: the averaged weights, which are what is sampled from.
         skipped, skipped_in_row: updates that were not finite: in all, and up to the last update.
+        divided: each process keeps a slice of the state only; :meth:`pipeline` and :meth:`snapshot` put it together.
+        announce: entered with the name of each method marked ``together`` (the leader of a run tells the others).
     """
 
     def __init__(
@@ -109,27 +131,38 @@ class Trainer:
         device: str | torch.device = "cpu",
         plan: Plan | None = None,
         denoiser: Denoiser | None = None,
-        rank: int = 0,
-        world: int = 1,
+        team: Team = ALONE,
         workers: int | None = None,
     ) -> None:
         if not len(dataset):
             raise UndiffuseError(f"{dataset.name}: no items to train on")
+        check_divisible(recipe.training.batch_size, recipe.training.accumulation, team)
         self.dataset = dataset
         self.recipe = recipe
         self.seed = seed
         self.device = torch.device(device)
-        self.rank = rank
-        self.world = world
+        self.team = team
+        self.announce: Callable[[str], AbstractContextManager[None]] = lambda method: nullcontext()
         self.plan = plan or Plan(recipe.training.images)
         self.config = recipe.config(dataset.spec)
         if denoiser is None:
             with lent(seed, "weights", 0):
                 denoiser = self.config.build()
-        self.denoiser = denoiser.to(self.device).train()
+        self.divided = divides(recipe.training.shard, denoiser, team, self.device)
+        if self.divided:
+            self.denoiser = denoiser.train()
+            self._undivided = copy.deepcopy(denoiser).float().eval().requires_grad_(False)  # on the CPU
+        else:
+            self.denoiser = denoiser.to(self.device).train()
+        self.ema = EMA(self.denoiser)
+        if self.divided:
+            self.engine = divide(self.denoiser, self.device, team)
+            divide(self.ema.denoiser, self.device, team)
+            self.ema.attach(self.denoiser)
+        else:
+            self.engine = exchange(self.denoiser, team)
         self.parameters = dict(self.denoiser.named_parameters())
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in denoiser.modules())
-        self.ema = EMA(self.denoiser)
         if self.plan.images is not None:
             recipe.ema.check_horizon(self.plan.images, recipe.training.batch_size)
         choice = recipe.optimiser
@@ -170,6 +203,7 @@ class Trainer:
         while not self.finished:
             yield self.update()
 
+    @together
     def update(self) -> Update:
         """One update. Raises :class:`Diverged` where the loss or the gradient is not finite (trap R8), unless the
         recipe skips such updates.
@@ -186,25 +220,27 @@ class Trainer:
             group["lr"] = lr
 
         total = torch.zeros((), device=self.device)
-        with lent(self.seed, "dropout", self.step, self.device) if self.has_dropout else nullcontext():
+        masks = f"dropout {self.team.rank}" if self.team.rank else "dropout"
+        with lent(self.seed, masks, self.step, self.device) if self.has_dropout else nullcontext():
             for part in range(training.accumulation):
                 rows = share(len(x0), part, training.accumulation)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
-                    each = loss(
-                        self.denoiser,
-                        x0[rows],
-                        t[rows],
-                        eps[rows],
-                        objective.weight,
-                        huber=objective.huber,
-                        **{name: values[rows] for name, values in cond.items()},
-                    )
-                portion = each.sum() / size
-                portion.backward()
-                total += portion.detach()
+                last = part == training.accumulation - 1
+                with nullcontext() if last else self.engine.quiet():
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
+                        each = self.engine.loss(
+                            x0[rows],
+                            t[rows],
+                            eps[rows],
+                            objective.weight,
+                            huber=objective.huber,
+                            **{name: values[rows] for name, values in cond.items()},
+                        )
+                    portion = each.sum() / size
+                    (portion * self.team.size).backward()  # the exchange takes the mean over processes
+                    total += portion.detach()
 
-        # A distributed trainer adds up the gradients of all devices here.
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.optimiser.clip)
+        self.team.sum(total)
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.optimiser.clip))
         bad = ~(norm.isfinite() & total.isfinite())
         self._first_bad = torch.where((self._first_bad == 0) & bad, self.step + 1, self._first_bad)
         # AdamW's kernel looks at this flag on the device and does nothing if it is set (loss scaling uses it too).
@@ -224,15 +260,20 @@ class Trainer:
             self.loss_sum += total
             self.loss_count += 1
             if self.step - self.skipped == 1:
-                self._check_inputs_matter(x0, given)
+                whole_denoiser = self._gathered(self.denoiser)
+                with self.team.agree():
+                    check_inputs_matter(whole_denoiser, x0, given)
         return Update(self.step, self.images, total, norm, lr, skipped)
 
-    def noised(self, step: int, given: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """``(t, eps, cond)`` of this device's share of the batch of update ``step`` (from 0): its times, its noise, and
-        of the ``given`` conditions those that are not dropped."""
+    def noised(
+        self, step: int, given: dict[str, Tensor], team: Team | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """``(t, eps, cond)`` of this process's share of the batch of update ``step`` (from 0): times, noise, and
+        of the ``given`` conditions those that are not dropped. Another ``team`` shares otherwise."""
+        team = team or self.team
         objective, size = self.recipe.objective, self.recipe.training.batch_size
         draws = draw(self.seed, step, size, self.dataset.spec.shape, self.device, offset=objective.offset_noise > 0)
-        mine = share(size, self.rank, self.world)
+        mine = share(size, team.rank, team.size)
         eps = draws.noise
         if draws.offset is not None:
             eps = offset_noise(eps, draws.offset, objective.offset_noise)
@@ -271,6 +312,12 @@ class Trainer:
         self.loss_count = 0
         return mean
 
+    @together
+    def weights(self) -> Denoiser:
+        """The denoiser as it is now, whole: the trainer's own, or a copy where the state is divided."""
+        return self._gathered(self.denoiser)
+
+    @together
     def pipeline(self, info: dict[str, Any] | None = None) -> Pipeline:
         """What has been learned, ready to sample: the averaged weights. It shares them; training moves them on."""
         seen = {"images": self.images, "step": self.step, "seed": self.seed, "data": self.dataset.name}
@@ -279,7 +326,7 @@ class Trainer:
         if not (self.denoiser.conditions and self.denoiser.conditions.asked):
             sampling = replace(sampling, guidance_scale=1.0)  # nothing to guide to
         return Pipeline(
-            self.ema.denoiser,
+            self._gathered(self.ema.denoiser),
             self.config,
             self.dataset.spec,
             sampling,
@@ -288,6 +335,7 @@ class Trainer:
 
     # --- the state ----------------------------------------------------------------------------------------------------
 
+    @together
     def snapshot(self) -> Snapshot:
         """Everything that a restored trainer needs, between two updates; its tensors are the trainer's own. Raises
         :class:`Diverged` if an update so far was not finite."""
@@ -298,6 +346,8 @@ class Trainer:
             for key, value in self.optimiser.state[parameter].items()
         }
         tensors = {"weights": self.denoiser.state_dict(), "ema": self.ema.denoiser.state_dict(), "optimiser": moments}
+        if self.divided:
+            tensors = {group: {name: whole(t).cpu() for name, t in named.items()} for group, named in tensors.items()}
         numbers = {
             "step": self.step,
             "plan": {"images": self.plan.images, "start": self.plan.start},
@@ -308,8 +358,12 @@ class Trainer:
         }
         return Snapshot(tensors, numbers)
 
-    def restore(self, snapshot: Snapshot, where: str) -> None:
-        """Continue from a snapshot. ``where`` names its file in messages; if it does not fit, nothing changes."""
+    @together
+    def restore(self, snapshot: Snapshot | None, where: str) -> None:
+        """Continue from a snapshot. ``where`` names its file in messages; if it does not fit, nothing changes.
+
+        It may have been taken on any number of processes; only the first one of this team needs it (trap E3).
+        """
         wanted = {
             "weights": self.denoiser.state_dict(),
             "ema": self.ema.denoiser.state_dict(),
@@ -319,20 +373,25 @@ class Trainer:
                 for key, like in (("step", p.new_zeros(())), ("exp_avg", p), ("exp_avg_sq", p))
             },
         }
-        try:
-            numbers = snapshot.numbers
-            step, plan, count = int(numbers["step"]), Plan(**numbers["plan"]), int(numbers["loss_count"])
-            loss_sum = torch.tensor(float(numbers["loss_sum"]), dtype=torch.float32, device=self.device)
-            # Checkpoints from before there was a rule to skip by have no such counts.
-            skipped = int(numbers.get("skipped", 0)), int(numbers.get("skipped_in_row", 0))
-            given = {group: snapshot.tensors[group] for group in wanted}
-        except (KeyError, TypeError) as error:
-            raise UndiffuseError(f"{where}: not the whole state of a trainer ({error})") from None
-        for group, tensors in wanted.items():
-            check_fits(shapes(tensors), shapes(given[group]), f"{where}/{group}")
-            other = [name for name, like in tensors.items() if given[group][name].dtype != like.dtype]
-            if other:
-                raise UndiffuseError(f"{where}/{group}: {other[0]} is {given[group][other[0]].dtype}")
+        numbers = self.team.tell(snapshot.numbers if snapshot else None)
+        with self.team.agree():
+            try:
+                step, plan, count = int(numbers["step"]), Plan(**numbers["plan"]), int(numbers["loss_count"])
+                loss_sum = torch.tensor(float(numbers["loss_sum"]), dtype=torch.float32, device=self.device)
+                # Checkpoints from before there was a rule to skip by have no such counts.
+                skipped = int(numbers.get("skipped", 0)), int(numbers.get("skipped_in_row", 0))
+                read = {group: snapshot.tensors[group] for group in wanted} if snapshot else {}
+            except (KeyError, TypeError) as error:
+                raise UndiffuseError(f"{where}: not the whole state of a trainer ({error})") from None
+            for group, tensors in read.items():
+                check_fits(shapes(wanted[group]), shapes(tensors), f"{where}/{group}")
+                other = [name for name, like in wanted[group].items() if tensors[name].dtype != like.dtype]
+                if other:
+                    raise UndiffuseError(f"{where}/{group}: {other[0]} is {tensors[other[0]].dtype}")
+        given = {
+            group: {name: self.team.give(read[group][name] if read else None, like) for name, like in tensors.items()}
+            for group, tensors in wanted.items()
+        }
         self.denoiser.load_state_dict(given["weights"])
         self.ema.denoiser.load_state_dict(given["ema"])
         for name, p in self.parameters.items():
@@ -345,6 +404,14 @@ class Trainer:
 
     # --- its parts ----------------------------------------------------------------------------------------------------
 
+    def _gathered(self, denoiser: Denoiser) -> Denoiser:
+        """The denoiser itself, or a copy put together from the slices of all processes."""
+        if not self.divided:
+            return denoiser
+        undivided = copy.deepcopy(self._undivided).to(self.device)
+        undivided.load_state_dict({name: whole(tensor) for name, tensor in denoiser.state_dict().items()})
+        return undivided
+
     def _batch(self) -> tuple[Tensor, dict[str, Tensor]]:
         """This device's share of the batch of this step; those of the next ones are read meanwhile."""
         if not self.workers:
@@ -356,10 +423,12 @@ class Trainer:
             name: values.to(self.device, non_blocking=True) for name, values in cond.items()
         }
 
-    def read(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """This device's share of the batch of update ``step`` (from 0): data in model units, conditions; on the CPU."""
+    def read(self, step: int, team: Team | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """This process's share of the batch of update ``step`` (from 0): data in model units, conditions; on the CPU.
+        Another ``team`` shares otherwise."""
+        team = team or self.team
         size = self.recipe.training.batch_size
-        mine = share(size, self.rank, self.world)
+        mine = share(size, team.rank, team.size)
         indices = batch_indices(self.seed, step, size, len(self.dataset))[mine]
         epochs = np.arange(step * size, (step + 1) * size)[mine] // len(self.dataset)
         x0, cond = self.dataset.batch(indices)
@@ -369,19 +438,20 @@ class Trainer:
         wanted = () if self.denoiser.conditions is None else self.denoiser.conditions.names
         return x0, {name: values for name, values in cond.items() if name in wanted}
 
-    def _check_inputs_matter(self, x0: Tensor, cond: dict[str, Tensor]) -> None:
-        """After the first update the output must change with the level and with each condition (trap O5)."""
-        ignored = ignored_inputs(self.denoiser, x0, cond)
-        if "level" in ignored:
-            raise UndiffuseError(
-                "the network ignores its noise level: its output at t = 0.5 and 0.9 is the same to the last bit after "
-                "an update, so it cannot learn to denoise; use the label that the network is called with"
-            )
-        for name in ignored:
-            raise UndiffuseError(
-                f"the network ignores the condition {name!r}: its output is the same with and without it; use the "
-                "vector that the network is called with, or train with model.conditional=false"
-            )
+
+def check_inputs_matter(denoiser: Denoiser, x0: Tensor, cond: dict[str, Tensor]) -> None:
+    """After the first update the output must change with the level and with each condition (trap O5)."""
+    ignored = ignored_inputs(denoiser, x0, cond)
+    if "level" in ignored:
+        raise UndiffuseError(
+            "the network ignores its noise level: its output at t = 0.5 and 0.9 is the same to the last bit after "
+            "an update, so it cannot learn to denoise; use the label that the network is called with"
+        )
+    for name in ignored:
+        raise UndiffuseError(
+            f"the network ignores the condition {name!r}: its output is the same with and without it; use the "
+            "vector that the network is called with, or train with model.conditional=false"
+        )
 
 
 @torch.no_grad()
