@@ -13,6 +13,7 @@ from undiffuse.data import Subset, from_array
 from undiffuse.data.augment import LABELS, Augment, advice
 from undiffuse.data.folder import Files, Images
 from undiffuse.data.store import Folder
+from undiffuse.distributed import Team
 from undiffuse.errors import UndiffuseError, UndiffuseWarning
 from undiffuse.training import Trainer, make_recipe
 
@@ -179,7 +180,7 @@ def test_trap_R9_epochs_differ_and_ranks_do_not(pictures: Files) -> None:
     order = np.concatenate([np.argsort(np.argsort(x0[part].flatten(1).sum(1))) for part in (slice(0, 4), slice(4, 8))])
     assert len(order) == 8
     assert not torch.equal(x0[:4].sort(0).values, x0[4:].sort(0).values)
-    halves = [trainer(few, Augment(flip=0.5, shift=3), rank=rank, world=2).read(0)[0] for rank in (0, 1)]
+    halves = [one.read(0, Team(rank, 2))[0] for rank in (0, 1)]
     assert torch.equal(torch.cat(halves), x0)
 
 
