@@ -61,7 +61,7 @@ def main() -> None:
                     rates[case].setdefault(f"read, {threads} threads", []).append(rate)
                 trainer = Trainer(data, make_recipe("images", data.spec, len(data), "small"), workers=0)
                 x0 = trainer.read(0)
-                trainer.read = lambda step, x0=x0: x0  # the network alone
+                trainer.read = lambda step, team=None, x0=x0: x0  # the network alone
                 trainer.update()
                 begun = time.perf_counter()
                 for _ in range(3):
