@@ -338,7 +338,7 @@ class TokenAttention(nn.Module):
         self.heads = heads_of(width, head_width)
         self.query = nn.Linear(width, width)
         self.keys_values = nn.Linear(token_width, 2 * width)
-        self.nothing = nn.Parameter(torch.randn(2 * width) * token_width**-0.5)
+        self.nothing = nn.Parameter(nn.init.normal_(torch.empty(2 * width), std=token_width**-0.5))
         self.attend = Attend()
         self.out = zeroed(nn.Linear(width, width))
 

@@ -76,7 +76,7 @@ class MPProduct(nn.Module):
         super().__init__()
         self.product = PRODUCTS[rank]
         self.padding = {"padding": kernel // 2} if rank else {}
-        self.weight = nn.Parameter(torch.randn(outputs, inputs, *[kernel] * rank))
+        self.weight = nn.Parameter(nn.init.normal_(torch.empty(outputs, inputs, *[kernel] * rank)))
         constrain(self)
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
@@ -162,7 +162,7 @@ class MPAttention(nn.Module):
         self.heads = heads_of(channels, head_width)
         self.query = MPProduct(0, channels, channels)
         self.keys_values = MPProduct(0, token_width or channels, 2 * channels)
-        self.nothing = nn.Parameter(torch.randn(token_width)) if token_width else None
+        self.nothing = nn.Parameter(nn.init.normal_(torch.empty(token_width))) if token_width else None
         self.attend = Attend()
         self.out = MPProduct(0, channels, channels)
 

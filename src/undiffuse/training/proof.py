@@ -19,7 +19,7 @@ from ..data import Dataset
 from ..errors import UndiffuseError
 from ..pipeline import REGISTRIES, resolve_device
 from . import checkpoint
-from .draws import batch_indices, draw
+from .draws import batch_indices, draw, lent
 from .held_out import divide
 from .recipe import Plan, Recipe
 from .trainer import Snapshot, Trainer
@@ -104,8 +104,7 @@ def prove_resume(run: str | Path, dataset: Dataset, *, updates: int = 4, device:
         checkpoint.save(Path(temporary), before.snapshot(), {}, keep=1)
         middle = checkpoint.newest(Path(temporary))
         assert middle is not None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(updates)  # a new process has another global generator: nothing may depend on it
+        with lent(updates, "another process", 0):  # it has another global generator: nothing may depend on it
             after, rest = _advance(trainer(middle.snapshot(), middle.path), updates - updates // 2)
     differences = [*_told_apart(wanted, seen + rest), *_moved(straight.snapshot(), after.snapshot())]
     repeatable = True
