@@ -16,8 +16,6 @@ EXAMPLES = """
 undiffuse serve runs/demo                    OpenAI's image API, port 8000
 undiffuse serve runs/demo runs/mnist         two models, asked for by name
 undiffuse serve runs/demo --host 0.0.0.0     needs a key in $UNDIFFUSE_API_KEY
-curl http://127.0.0.1:8000/v1/images/generations \\
-     -H 'Content-Type: application/json' -d '{"prompt": "7", "seed": 1}'
 """
 
 KEY = "UNDIFFUSE_API_KEY"
