@@ -189,12 +189,17 @@ if TYPE_CHECKING:
     from .evaluation.metrics import Examples as Examples
     from .evaluation.metrics import Figure as Figure
     from .evaluation.metrics import measure as measure
+    from .evaluation.evaluate import evaluate_samples as evaluate_samples
+    from .evaluation.result import Evaluation as Evaluation
+    from .evaluation.result import comparable as comparable
+    from .evaluation.result import read_evaluation as read_evaluation
 
     # the verbs of the command line
     from .commands.demo import demo as demo
     from .commands.train import train as train
     from .commands.doctor import doctor as doctor
     from .commands.sample import sample as sample
+    from .commands.evaluate import evaluate as evaluate
     from .commands.ls import ls as ls
     from .commands.show import show as show
 

@@ -262,10 +262,47 @@ class Chart(Part):
 
 
 @dataclass(frozen=True)
-class Charts(Part):
-    """Charts beside each other where there is room."""
+class Bars(Part):
+    """Counts by name, beside each other: what was found as bars, what was expected as a line across each."""
 
-    charts: Sequence[Chart]
+    title: str
+    names: Sequence[str]
+    found: Sequence[float]
+    expected: Sequence[float]
+    found_name: str = "found"
+    expected_name: str = "expected"
+    note: str = ""
+
+    def html(self) -> str:
+        up = Axis.of(0.0, max([1.0, *self.found, *self.expected]) * 1.04, HEIGHT - BOTTOM, TOP, padded=False)
+        width = (WIDTH - RIGHT - LEFT) / max(1, len(self.names))
+        body = []
+        for value, label in up.ticks():
+            y = up(value)
+            body.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+            body.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text(label)}</text>')
+        room = max(1, math.ceil(len(self.names) * max(map(len, self.names), default=1) * 7 / (WIDTH - RIGHT - LEFT)))
+        for i, (name, found, expected) in enumerate(zip(self.names, self.found, self.expected, strict=True)):
+            x, y, line = LEFT + i * width, up(found), up(expected)
+            bar = f'x="{x + 0.15 * width:.1f}" y="{y:.1f}" width="{0.7 * width:.1f}" height="{up(0.0) - y:.1f}"'
+            body.append(f'<rect class="f0" {bar}><title>{text(name)}: {short(found)}</title></rect>')
+            body.append(f'<path class="line l1" d="M{x + 0.05 * width:.1f} {line:.1f}h{0.9 * width:.1f}"/>')
+            if i % room == 0:
+                place = f'x="{x + width / 2:.1f}" y="{HEIGHT - BOTTOM + 14}"'
+                body.append(f'<text {place} text-anchor="middle">{text(name)}</text>')
+        body.append(f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
+        svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(self.title)}">{"".join(body)}</svg>'
+        keys = ((0, self.found_name), (1, self.expected_name))
+        legend = "".join(f'<li><i class="s{k}"></i>{text(name)}</li>' for k, name in keys)
+        note = f'<p class="note">{text(self.note)}</p>' if self.note else ""
+        return f'<figure class="chart"><h3>{text(self.title)}</h3>{svg}<ul class="legend">{legend}</ul>{note}</figure>'
+
+
+@dataclass(frozen=True)
+class Charts(Part):
+    """Charts, or pictures, beside each other where there is room."""
+
+    charts: Sequence[Part]
 
     def html(self) -> str:
         return f'<div class="charts">{"".join(chart.html() for chart in self.charts)}</div>'
@@ -410,7 +447,7 @@ dd { margin: 0; font-size: 1rem; font-weight: 600; overflow-wrap: anywhere; font
 .notice { background: var(--card); border: 1px solid var(--rule); border-left: 4px solid var(--tone); padding: 8px 12px;
   border-radius: 6px } .notice b { color: var(--tone); display: inline-block; min-width: 1em }
 .good { --tone: var(--good) } .warn { --tone: var(--warn) } .bad { --tone: var(--bad) } .info { --tone: var(--info) }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%%, 350px), 1fr)); gap: 14px }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%%, 350px), 1fr)); gap: 14px }
 figure { margin: 0 } .chart { background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
   padding: 12px }
 .chart > svg { display: block; width: 100%%; height: auto } svg text { font-size: 11px; fill: var(--soft) }

@@ -35,6 +35,7 @@ VERBS = {
     "train": "train a model on your own data",
     "doctor": "look at data and a plan before training, or at a run",
     "sample": "sample from a saved model",
+    "evaluate": "measure samples against data: every number with its floor",
     "serve": "serve models over HTTP, many requests in one network call",
     "solvers": "list the solvers, find the best for a model, tune a grid for it",
     "ls": "list the runs in a folder",

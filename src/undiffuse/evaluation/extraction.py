@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
 
 from ..data import Dataset, open_dataset
 from ..data.base import digest, positions
@@ -170,7 +171,9 @@ def extract(
 ) -> Extracted:
     """All of :func:`batches` in memory, with the labels of a labelled data set."""
     source = opened(features, source)
-    parts = list(batches(features, source, indices, span=span))
+    count = -(-len(source if indices is None else indices) // features.batch_size)
+    bar = {"desc": f"{features.name} features", "unit": "batch", "leave": False, "mininterval": 0.5}
+    parts = list(tqdm(batches(features, source, indices, span=span), total=count, disable=None, **bar))
     if not parts:
         raise UndiffuseError("no samples: there is nothing to take features of")
     every = torch.cat([part for part, _ in parts])

@@ -52,6 +52,18 @@ class ModelUnits(Preparation):
 
 @final
 @dataclass(frozen=True)
+class Unchanged(Preparation):
+    """The values as they are, in float32."""
+
+    def __call__(self, values: np.ndarray, spec: DataSpec) -> Tensor:
+        return torch.from_numpy(values.astype(np.float32))
+
+    def __str__(self) -> str:
+        return "unchanged"
+
+
+@final
+@dataclass(frozen=True)
 class Pixels(Preparation):
     """8-bit RGB, resized to ``size`` (height, width) in floating point, then ``(x - mean)/deviation`` a channel.
 
@@ -302,13 +314,13 @@ class Flat(nn.Module):
     """``[B, ...] -> [B, D]``."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return x.flatten(1), None
+        return x.reshape(len(x), -1), None
 
 
 @final
 @dataclass(frozen=True)
 class Identity(Extractor):
-    """The values themselves, in model units: for points, and for arrays of few numbers."""
+    """The values themselves, in the units of the data: for points, and for arrays of few numbers."""
 
     largest: int = 4096
 
@@ -316,7 +328,7 @@ class Identity(Extractor):
         dim = int(np.prod(reference.spec.shape))
         if dim > self.largest:
             raise UndiffuseError(f"{reference.name}: {dim:,} numbers an item are too many for identity; choose pca")
-        return Features("identity", reference.spec, ModelUnits(), Flat(), dim, 4096, device)
+        return Features("identity", reference.spec, Unchanged(), Flat(), dim, 4096, device)
 
 
 class Projection(nn.Module):

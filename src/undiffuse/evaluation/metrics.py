@@ -184,16 +184,7 @@ def measure(
             held-out rows most of which are rows of the data.
     """
     there = samples.arrays().keys() & data.arrays().keys() & (held_out or data).arrays().keys()
-    if metrics is None:
-        names = [
-            name
-            for name, metric in METRICS.items()
-            if not metric.asked and there.union(() if metric.against else samples.arrays()).issuperset(metric.needs)
-        ]
-        if not names:
-            raise UndiffuseError("no metric fits: samples and data have no arrays in common, such as features")
-    else:
-        names = list(metrics)
+    names = fitting(samples, data, held_out) if metrics is None else list(metrics)
     random = np.random.Generator(np.random.PCG64(seed))
     n = min(len(samples), len(data) // 2 if held_out is None else len(held_out))
     if n < 2:
@@ -238,6 +229,19 @@ def measure(
                 value.note,
             )
     return figures
+
+
+def fitting(samples: Examples, data: Examples, held_out: Examples | None = None) -> list[str]:
+    """The metrics whose arrays are there, but for those that must be asked for."""
+    there = samples.arrays().keys() & data.arrays().keys() & (held_out or data).arrays().keys()
+    names = [
+        name
+        for name, metric in METRICS.items()
+        if not metric.asked and there.union(() if metric.against else samples.arrays()).issuperset(metric.needs)
+    ]
+    if not names:
+        raise UndiffuseError("no metric fits: samples and data have no arrays in common, such as features")
+    return names
 
 
 def _shared(real: Examples, data: Examples) -> int:

@@ -1,0 +1,231 @@
+"""What is judged: a model's samples, drawn now and kept, or samples that somebody has made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..config import from_json, load_json, to_json
+from ..data import DATASETS, Dataset
+from ..data.base import ArrayDataset, digest
+from ..errors import UndiffuseError, choose
+from ..outputs import describe
+from ..pipeline import BATCH, REGISTRIES, Pipeline, Sampling, find_pipeline
+from ..training.held_out import divide
+from ..training.recipe import Recipe
+from .extraction import PLANS, opened
+from .features import Features
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """Samples: where they are, which classes they should be of, and all that it takes to have them again.
+
+    ``source``   a data set, or an array ``[N, ...]``
+    ``labels``   int64 ``[N]``, classes of the *reference*; None where nothing is known of them
+    ``facts``   JSON, for the report
+    ``fingerprint``   of the samples' making: weights and settings, or the content of the files
+    ``span``   the range of a bare real array, as for :func:`extract`
+    """
+
+    source: Dataset | np.ndarray
+    labels: np.ndarray | None
+    facts: dict[str, Any]
+    fingerprint: str
+    span: tuple[float, float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def values(self, rows: np.ndarray) -> np.ndarray:
+        """Some samples in their own units."""
+        return self.source.values(rows) if isinstance(self.source, Dataset) else np.asarray(self.source[rows])
+
+    def aligned(self, features: Features, rows: np.ndarray) -> np.ndarray:
+        """Some samples in the units of the data, as the features saw them."""
+        spec = self.source.spec if isinstance(self.source, Dataset) else features.described(self.source, self.span)[1]
+        return features.aligned(self.values(rows), spec)
+
+
+# --- a model ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Judgeable:
+    """A model that is to be judged, and the run that it is of, if there is one.
+
+    ``run``   the run folder; ``recipe`` and ``trained_on`` (the fingerprint of its data) are None where it says nothing
+    """
+
+    pipeline: Pipeline
+    folder: Path
+    run: Path | None = None
+    recipe: Recipe | None = None
+    trained_on: str | None = None
+
+    def parts(self, data: Dataset) -> tuple[Dataset, Dataset | None] | None:
+        """What of ``data`` the run was trained on and what it held out; None if it was trained on others, or if it is
+        not known on what."""
+        if self.recipe is None or self.trained_on != data.fingerprint:
+            return None
+        return divide(data, self.recipe.training)
+
+
+def is_model(path: str | os.PathLike[str]) -> bool:
+    """Whether this names a model: a folder of one, a run folder, or a run in ./runs (but no data set)."""
+    folders = [Path(path)] + ([] if str(path) in DATASETS or Path(path).exists() else [Path("runs") / path])
+    return any((folder / inner / "pipeline.json").is_file() for folder in folders for inner in ("", "model"))
+
+
+def open_model(path: str | os.PathLike[str], device: str) -> Judgeable:
+    """The model that ``path`` names, and what its run says of itself. Runs of versions whose recipes cannot be read any
+    more are models without a run."""
+    folder = find_pipeline(os.fspath(path))
+    pipeline = Pipeline.load(folder, device)
+    run = folder.parent
+    try:
+        stated = load_json(run / "config.json")
+        held_out = "held_out" in stated  # earlier versions held nothing out
+        recipe = from_json(Recipe, stated["recipe"], str(run / "config.json"), REGISTRIES) if held_out else None
+        return Judgeable(pipeline, folder, run, recipe, str(stated["dataset"]["fingerprint"]))
+    except (UndiffuseError, OSError, KeyError, TypeError):
+        return Judgeable(pipeline, folder, run if (run / "config.json").is_file() else None)
+
+
+def class_plan(model: Pipeline, data: Dataset, n: int, plan: str) -> tuple[list[int] | None, str]:
+    """The class that each of ``n`` samples is asked for, and what the report says of it (trap G6).
+
+    With the shares of the data, or equal ones, mixed evenly so that the first samples are of all classes. None for a
+    model without classes.
+    """
+    choose("class plan", plan, PLANS)
+    if model.denoiser.conditions is None or "classes" not in model.denoiser.conditions.names:
+        return None, "the model has no classes"
+    names, known = model.spec.classes, {name: k for k, name in enumerate(data.spec.classes)}
+    if plan == "data" and (data.labels is None or not set(names) <= set(known)):
+        raise UndiffuseError(
+            f"{data.name} does not have the classes of the model, so they cannot be as frequent as there; take "
+            "--plan uniform"
+        )
+    present = np.bincount(data.labels, minlength=len(known)) if data.labels is not None else np.zeros(0, np.int64)
+    sizes = np.array([present[known[name]] if plan == "data" else 1 for name in names])
+    counts = PLANS[plan](sizes, n)
+    order = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
+    asked = np.repeat(np.arange(len(names)), counts)[np.argsort(order, kind="stable")]
+    return asked.tolist(), {"data": "as frequent as in the data", "uniform": "equally many of each"}[plan]
+
+
+def draw(
+    model: Judgeable,
+    data: Dataset,
+    n: int,
+    *,
+    keep: Path,
+    plan: str = "data",
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    batch_size: int = BATCH,
+) -> Judged:
+    """``n`` samples of ``model`` as an ``.npy`` in the folder ``keep``: from there if they were drawn before.
+
+    Sample i is a function of the seed, i and its class, so the file's name holds all that decides them.
+    """
+    pipeline, settings = model.pipeline, sampling or model.pipeline.settings()
+    if batch_size < 1:
+        raise UndiffuseError(f"--batch-size {batch_size}: at least 1")
+    classes, said = class_plan(pipeline, data, n, plan)
+    stated = to_json(settings, REGISTRIES)
+    key = digest("samples 1", pipeline.fingerprint, repr(stated), repr((seed, n, classes)), str(pipeline.device.type))
+    pipeline.begin(1, seed=seed, classes=classes, sampling=settings)  # refuses what cannot be sampled, before any file
+    path = keep / f"samples-{key[:16]}.npy"
+    if not path.is_file():
+        _draw(pipeline, n, seed, classes, settings, batch_size, path)
+    names = {name: k for k, name in enumerate(data.spec.classes)}
+    labels = None
+    if classes is not None and set(pipeline.spec.classes) <= set(names):
+        labels = np.array([names[pipeline.spec.classes[c]] for c in classes], np.int64)
+    facts = {
+        "kind": "model",
+        "path": str(model.folder),
+        "weights": pipeline.fingerprint,
+        "of": pipeline.info,
+        **describe(settings),
+        "calls": pipeline.calls(settings),
+        "sampling": stated,
+        "seed": seed,
+        "plan": plan if classes is not None else None,
+        "plan_in_words": said,
+        "kept": str(path),
+    }
+    values = np.load(path, mmap_mode="r", allow_pickle=False)
+    known = ArrayDataset(pipeline.spec, values, None, name=str(model.folder), content=key)
+    return Judged(known, labels, facts, digest(pipeline.fingerprint, repr(stated), repr((seed, classes)))[:16])
+
+
+def _draw(
+    pipeline: Pipeline,
+    n: int,
+    seed: int,
+    classes: Sequence[int] | None,
+    sampling: Sampling,
+    batch_size: int,
+    path: Path,
+) -> None:
+    """The samples, a batch in memory at a time. The file appears when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape, dtype = (n, *pipeline.spec.original_shape), np.dtype(pipeline.spec.dtype)
+    with _temporary(path) as part:
+        values = np.lib.format.open_memmap(part, "w+", dtype, shape)
+        with tqdm(total=n, desc="sampling", unit="sample", leave=False, disable=None) as bar:
+            for start in range(0, n, batch_size):
+                numbers = range(start, min(start + batch_size, n))
+
+                def tick(done: int, total: int, start: int = start, count: int = len(numbers)) -> None:
+                    bar.update(start + count * done // total - bar.n)
+
+                x = pipeline.draw(
+                    numbers, seed=seed, classes=classes, sampling=sampling, batch_size=batch_size, progress=tick
+                )
+                values[start : numbers.stop] = pipeline.spec.to_data(x)
+        values.flush()
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` that becomes it if all goes well, and is removed if not."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# --- samples that are there -------------------------------------------------------------------------------------------
+
+
+def open_samples(
+    source: str | os.PathLike[str], features: Features, data: Dataset, span: tuple[float, float] | None = None
+) -> Judged:
+    """Samples in a folder, an array file, or whatever else ``train`` takes; with classes where they say of which they
+    are, and the data know these."""
+    found = opened(features, str(source))
+    labels, content = None, ""
+    if isinstance(found, Dataset):
+        content = found.fingerprint
+        names = {name: k for k, name in enumerate(data.spec.classes)}
+        if found.labels is not None and data.labels is not None and set(found.spec.classes) <= set(names):
+            labels = np.array([names[name] for name in found.spec.classes])[found.labels]
+    else:
+        rows = 1 + (1 << 24) // max(1, found[:1].nbytes)
+        parts = (np.ascontiguousarray(found[i : i + rows]).tobytes() for i in range(0, len(found), rows))
+        content = digest(str(found.dtype), repr(found.shape), *parts)
+    facts = {"kind": "files", "path": str(source), "content": content}
+    return Judged(found, labels, facts, content[:16], span)
