@@ -28,8 +28,8 @@ def start(folder: Path, data: Path) -> int:
     quiet = os.open(folder.parent / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    words = f"train {data} --recipe tiny --steps 60 --batch-size 4 --device cpu --out {folder}"
-    often = ("checkpoint_every=3", "log_every=2", "milestone_every=20", "preview_every=0", "previews=1")
+    words = f"train {data} --recipe tiny --steps 24 --batch-size 4 --device cpu --out {folder}"
+    often = ("checkpoint_every=3", "log_every=2", "milestone_every=8", "preview_every=0", "previews=1")
     os._exit(main([*words.split(), *(word for each in often for word in ("--set", f"training.{each}"))]))
 
 

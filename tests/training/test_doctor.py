@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 import undiffuse
 from training_laws import points, recipe
 from undiffuse.commands import main
+from undiffuse.commands.train import DATA_OPTIONS
 from undiffuse.config import override
-from undiffuse.data import Dataset, from_array
-from undiffuse.errors import UndiffuseError
+from undiffuse.data import Dataset, DataSpec, from_array, open_dataset
+from undiffuse.data.base import ArrayDataset
+from undiffuse.errors import UndiffuseError, UndiffuseWarning
 from undiffuse.pipeline import REGISTRIES
-from undiffuse.training import Diverged, checkpoint, doctor, memory, run_training
+from undiffuse.training import Diverged, Recipe, checkpoint, doctor, memory, run_training
 from undiffuse.training.aftercare import examine_run
 from undiffuse.training.doctor import Finding, Patient
 
@@ -316,12 +319,57 @@ def test_warnings_of_the_data_are_findings(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "pics").mkdir()
     for index, item in enumerate(GOOD):
         Image.fromarray(item).save(tmp_path / "pics" / f"{index:03d}.png")
+    Image.fromarray(GOOD[3]).save(tmp_path / "pics" / "x.png")
     (tmp_path / "pics" / "bad.png").write_bytes(b"this is no picture")
     found = undiffuse.doctor("pics", recipe="tiny", quick=True)
     files = [each for each in found.findings if each.check == "files"]
+    assert len(files) == 2  # each is said once
     assert "bad.png" in files[0].measured
+    assert "the same file" in files[1].measured
+    assert any("(x.png is 003.png)" in each.measured for each in found.findings if each.check == "duplicates")
     assert files[0].light == "yellow"
     assert capsys.readouterr().err == ""
+
+
+def test_notes_of_arrays_are_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("dark.npy", GOOD // 20)
+    for found in (undiffuse.doctor("dark.npy", recipe="tiny", quick=True).findings, doctor.examine(dark(), tiny())):
+        notes = [each for each in found if each.check == "files"]
+        assert [each.light for each in notes] == ["yellow"]
+        assert "values end at 12" in notes[0].measured
+
+
+def dark() -> Dataset:
+    with pytest.warns(UndiffuseWarning, match="values end at 12"):
+        return from_array(GOOD // 20)
+
+
+def tiny() -> Recipe:
+    return recipe(from_array(GOOD), images=32 * 500, batch_size=32)
+
+
+@pytest.mark.parametrize(("peak", "remedy"), [(0.05, "make all sounds louder"), (0.9, "sigma_data=0.0")])
+def test_quiet_sounds_are_yellow(peak: float, remedy: str) -> None:
+    values = 0.02 * np.sin(np.arange(200 * 64).reshape(200, 64) * 0.3)
+    values[7, 0] = peak
+    spec = DataSpec("sound", (1, 64), "float32", -1.0, 1.0, (0.0,), (1.0,), "L", rate=8000)
+    found = list(doctor.check_range(patient(ArrayDataset(spec, values.astype(np.float32), None, name="hum"))))
+    assert found[0].light == "yellow"
+    assert "quiet, -" in found[0].measured
+    assert remedy in found[0].remedy
+
+
+def test_train_and_doctor_take_the_options_of_the_data() -> None:
+    names = [set(inspect.signature(each).parameters) for each in (undiffuse.train, undiffuse.doctor)]
+    options = set(inspect.signature(open_dataset).parameters) - {"data"}
+    assert set(DATA_OPTIONS) == options
+    assert options <= names[0] & names[1]
+
+
+def test_the_trial_under_augmentation_is_green() -> None:
+    found = lights(doctor.trial(patient(COLOUR, LABELS, "augment.geometric=0.5"), seconds=1))
+    assert found["inputs"] == "green"
 
 
 def test_train_says_the_cheap_half_by_itself(tmp_path: Path) -> None:

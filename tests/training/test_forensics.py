@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from undiffuse.data import Dataset, DataSpec, from_array
 from undiffuse.data.base import ArrayDataset
 from undiffuse.errors import UndiffuseError
 from undiffuse.pipeline import REGISTRIES
-from undiffuse.training import Diverged, Recipe, Trainer, checkpoint, forensics, memory, run_training, trainer
+from undiffuse.training import Diverged, Recipe, Trainer, checkpoint, divide, forensics, memory, run_training, trainer
 
 SKIP = {"nonfinite": "skip"}
 
@@ -306,6 +307,45 @@ def test_the_replay_is_the_update(settings: list[str]) -> None:
     for step in (1, 2, 3):
         found = forensics.replay(trainer.denoiser, chosen, forensics.scene(trainer, step))
         assert found.loss == pytest.approx(float(trainer.update().loss), rel=1e-6)
+
+
+def augmented() -> tuple[Dataset, Recipe]:
+    """Pictures under EDM's augmentation, a part of them held out."""
+    generator = np.random.Generator(np.random.PCG64(1))
+    dataset = from_array(generator.integers(0, 256, (120, 8, 8)).astype(np.uint8), np.arange(120) % 2)
+    chosen = recipe(dataset, images=400, batch_size=16, log_every=1, preview_every=0)
+    return dataset, override(chosen, ["augment.geometric=0.1", "augment.shift=1"], REGISTRIES)
+
+
+def test_the_replay_under_augmentation_is_the_update() -> None:
+    dataset, chosen = augmented()
+    train, held_out = divide(dataset, chosen.training)
+    assert held_out is not None
+    trainer = Trainer(train, chosen, seed=2)
+    trainer.update()
+    seen = forensics.scene(trainer, 2)
+    assert seen.cond["augmentation"].any()
+    found = forensics.replay(trainer.denoiser, chosen, seen)
+    assert found.loss == pytest.approx(float(trainer.update().loss), rel=1e-6)
+    again = forensics.scene(trainer, 2)
+    assert torch.equal(again.x0, seen.x0)
+    plain, _ = dataset.batch(seen.indices.numpy())  # the indices are those of the whole
+    kept = ~seen.cond["augmentation"].any(1)
+    unmoved = replace(chosen, augment=replace(chosen.augment, shift=0))
+    still = forensics.scene(Trainer(train, unmoved, seed=2), 2)
+    assert kept.any()
+    assert torch.equal(still.x0[kept], plain[kept])
+
+
+def test_R8_a_bad_batch_is_kept_and_replayed_as_it_was_augmented(tmp_path: Path) -> None:
+    dataset, chosen = augmented()
+    chosen = override(chosen, ["optimiser.lr=1e38", "optimiser.warmup=0", "optimiser.clip=1e30"], REGISTRIES)
+    with pytest.raises(Diverged):
+        run_training(dataset, chosen, tmp_path)
+    report, found = forensics.investigate(tmp_path)
+    assert found.repeated
+    assert (found.step, found.items) == (report["step"], tuple(report["items"]))
+    assert found.cause == report["cause"]
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------

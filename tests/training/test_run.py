@@ -29,7 +29,7 @@ from undiffuse.config import load_json, override
 from undiffuse.data import from_array
 from undiffuse.errors import UndiffuseError, UndiffuseWarning
 from undiffuse.pipeline import REGISTRIES, Pipeline
-from undiffuse.training import Diverged, Progress, Recipe, Trainer, checkpoint, make_recipe, run_training
+from undiffuse.training import Diverged, Progress, Recipe, Trainer, checkpoint, make_recipe, prove_resume, run_training
 from undiffuse.training.run import SaveFailed, _Run
 
 Screen = pytest.CaptureFixture[str]
@@ -356,6 +356,33 @@ def test_a_checkpoint_from_before_a_setting_existed_goes_on(tmp_path: Path, monk
     monkeypatch.undo()
     run(tmp_path / "straight")
     assert weights(tmp_path / "old") == weights(tmp_path / "straight")
+
+
+def test_a_checkpoint_from_before_there_was_a_held_out_part_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, out = points(120), tmp_path / "old"
+    whole = recipe(data, held_out=0)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(data, whole, out, progress=stop_at(2))
+    newest = checkpoint.newest
+
+    def older(folder: Path) -> Any:
+        found = newest(folder)
+        assert found is not None
+        if folder.parent == out:  # the proof writes others
+            for holder in (found.state, found.state["identity"], found.state["identity"]["recipe"]["training"]):
+                del holder["held_out"]
+        return found
+
+    monkeypatch.setattr(checkpoint, "newest", older)
+    assert prove_resume(out, data, device="cpu").exact
+    with pytest.raises(UndiffuseError, match=r"recipe.training.held_out: 0 there.* with --set training.held_out=0 to"):
+        run_training(data, recipe(data), out)
+    run_training(data, whole, out)
+    monkeypatch.undo()
+    run_training(data, whole, tmp_path / "straight")
+    assert weights(out) == weights(tmp_path / "straight")
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,8 @@ def doctor(
     data_root: AnyPath | None = None,
     labels: str | None = None,
     length: float | None = None,
+    frames: int | None = None,
+    strict: bool = False,
     quick: bool = False,
     resume: bool = False,
     nan: bool = False,
@@ -82,6 +84,8 @@ def doctor(
         data_root: Where files of named data sets are.
         labels: As for train.
         length: As for train.
+        frames: As for train.
+        strict: As for train.
         quick: Data and plan only, without the trial.
         resume: Of a run: prove on it that stopping and resuming changes nothing.
         nan: Of a run: compute its update that was not finite again, and say where it went wrong.
@@ -120,10 +124,13 @@ def doctor(
             data_root=data_root,
             labels=labels,
             length=length,
-            strict=False,
+            frames=frames,
+            strict=strict,
             set=set,
         )
+    said = {f"{dataset.name}: {note}" for note in dataset.notes}  # the data set has told these itself
     notes = [str(each.message) for each in caught if issubclass(each.category, UndiffuseWarning)]
+    notes = [note for note in notes if note not in said]
     findings = list(
         examine(dataset, chosen, seed=seed, device=device, minutes=minutes, out=out or "runs", notes=notes, quick=quick)
     )
@@ -147,16 +154,7 @@ def _proof(run: Path, device: str) -> list[Finding]:
     from . import _parse
 
     given = _parse("train", train_module, words).keywords  # pyrefly: ignore
-    dataset = open_dataset(
-        given["data"],
-        image_size=given["image_size"],
-        channels=given["channels"],
-        data_root=given["data_root"],
-        labels=given["labels"],
-        length=given["length"],
-        strict=given["strict"],
-        seed=given["seed"],
-    )
+    dataset = open_dataset(given["data"], **{name: given[name] for name in train_module.DATA_OPTIONS})
     proof = prove_resume(run, dataset, device=device)
     if proof.exact:
         return [

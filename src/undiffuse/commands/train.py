@@ -31,6 +31,10 @@ undiffuse train volumes.npy --set optimiser.lr=0.0005 --set training.keep=5
 """
 
 
+DATA_OPTIONS = ("image_size", "channels", "data_root", "labels", "length", "frames", "strict", "seed")
+"""The options of ``train`` and ``doctor`` that are those of ``open_dataset``."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """A finished run."""

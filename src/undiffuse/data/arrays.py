@@ -20,9 +20,11 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import blake2b
+from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -59,15 +61,15 @@ def from_array(
         raise UndiffuseError(f"{name}: dtype {values.dtype} cannot be used: {advice}")
     if values.ndim == 0 or len(values) == 0 or values.size == 0:
         raise UndiffuseError(f"{name}: shape {values.shape} has no items; the first axis counts the items")
-    measured = _measure(values, name)
     layout = _layout(values.shape[1:], values.dtype.kind in "bui", channels, name)
-    spec = _spec(values, layout, measured, name)
-    content = measured.content
+    spec, content, notes = measure(values, layout, name)
+    for note in notes:
+        warnings.warn(f"{name}: {note}", UndiffuseWarning, stacklevel=2)
     if labels is not None:
         classes, labels = _classes(np.asarray(labels), len(values), name)
         spec = replace(spec, classes=classes)
         content = digest(content, labels.tobytes())
-    result = ArrayDataset(spec, values, labels, name=name, content=content)
+    result = ArrayDataset(spec, values, labels, name=name, content=content, notes=notes)
     return result if image_size is None else resized(result, image_size)
 
 
@@ -108,24 +110,34 @@ def resized(whole: ArrayDataset, image_size: Size) -> ArrayDataset:
         item = fit(np.moveaxis(item, 0, -1) if first else item, image_size)
         item = np.clip(item, spec.low, spec.high)  # Lanczos overshoots at edges
         values[index] = np.moveaxis(item, -1, 0) if first else item
-    return ArrayDataset(out, values, whole.labels, name=whole.name, content=whole.fingerprint)
+    return ArrayDataset(out, values, whole.labels, name=whole.name, content=whole.fingerprint, notes=whole.notes)
 
 
-@dataclass(frozen=True)
-class _Measured:
-    low: float
-    high: float
-    content: str
+class Values(Protocol):
+    """Items ``[N, ...]``: an array, or something that reads slices of one when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    def __getitem__(self, rows: slice, /) -> np.ndarray: ...
 
 
-def _chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def measure(values: Values, layout: str, name: str) -> tuple[DataSpec, str, list[str]]:
+    """The spec of items with these axes, by the rules of this module's text; a hash of their content; notes."""
+    low, high, content = _extremes(values, name)
+    notes: list[str] = []
+    return _spec(values, layout, low, high, name, notes), content, notes
+
+
+def _chunks(values: Values) -> Iterator[tuple[int, np.ndarray]]:
     """``(start, items)`` pieces of about 64 MB, so that a mapped file is never in memory as a whole."""
-    rows = max(1, CHUNK_BYTES // max(1, values[:1].nbytes))
-    for start in range(0, len(values), rows):
+    rows = max(1, CHUNK_BYTES // max(1, prod(values.shape[1:]) * values.dtype.itemsize))
+    for start in range(0, values.shape[0], rows):
         yield start, np.ascontiguousarray(values[start : start + rows])
 
 
-def _measure(values: np.ndarray, name: str) -> _Measured:
+def _extremes(values: Values, name: str) -> tuple[float, float, str]:
     """Smallest and largest value and a hash of the content, in one pass that refuses NaN and infinity."""
     content = blake2b(repr((values.shape, values.dtype.str)).encode(), digest_size=16)
     low, high = np.inf, -np.inf
@@ -138,7 +150,7 @@ def _measure(values: np.ndarray, name: str) -> _Measured:
         low, high = min(low, float(smallest)), max(high, float(largest))
     if low == high:
         raise UndiffuseError(f"{name}: every value is {low:g}: there is nothing to learn")
-    return _Measured(low, high, content.hexdigest())
+    return low, high, content.hexdigest()
 
 
 def _layout(item: tuple[int, ...], integer: bool, channels: Channels, name: str) -> str:
@@ -175,25 +187,24 @@ def _layout(item: tuple[int, ...], integer: bool, channels: Channels, name: str)
     return found[0]
 
 
-def _spec(values: np.ndarray, layout: str, measured: _Measured, name: str) -> DataSpec:
+def _spec(values: Values, layout: str, low: float, high: float, name: str, notes: list[str]) -> DataSpec:
     item, dtype = values.shape[1:], values.dtype
-    low, high = measured.low, measured.high
     if layout in ("", "D"):
-        shift, scale = _moments(values, None if layout == "" else 1, name)
+        shift, scale = _moments(values, None if layout == "" else 1, notes)
         return DataSpec("points", item or (1,), dtype.name, None, None, shift, scale, layout)
     axis = layout.index("C") if "C" in layout else None
     shape = (1, *item) if axis is None else (item[axis], *item[:axis], *item[axis + 1 :])
-    bounds = _bounds(dtype, low, high, name)
+    bounds = _bounds(dtype, low, high, name, notes)
     pictures = len(shape) == 3 and shape[0] in (1, 3, 4)
     if bounds is not None:
         shift, scale = units_between(*bounds)
         kind = "image" if pictures else "array"
         return DataSpec(kind, shape, dtype.name, *bounds, shift, scale, layout)
-    shift, scale = _moments(values, None if axis is None else 1 + axis, name)
+    shift, scale = _moments(values, None if axis is None else 1 + axis, notes)
     return DataSpec("array", shape, dtype.name, None, None, shift, scale, layout)
 
 
-def _bounds(dtype: np.dtype, low: float, high: float, name: str) -> tuple[float, float] | None:
+def _bounds(dtype: np.dtype, low: float, high: float, name: str, notes: list[str]) -> tuple[float, float] | None:
     if dtype.kind == "b":
         return 0.0, 1.0
     if dtype.kind == "f":
@@ -204,22 +215,21 @@ def _bounds(dtype: np.dtype, low: float, high: float, name: str) -> tuple[float,
             return 0.0, full
         # 12-bit cameras, masks of 0 and 1: with the full range everything would be nearly black
         low = 0.0
-        warnings.warn(
-            f"{name}: {dtype} values end at {high:g}, so the range is taken as [0, {high:g}]", UndiffuseWarning, 3
-        )
+        notes.append(f"{dtype} values end at {high:g}, so the range is taken as [0, {high:g}]")
     if high - low > MAX_LEVELS:
         raise UndiffuseError(f"{name}: {dtype} values span {high - low:,.0f}: convert them to float32 or float64")
     return low, high
 
 
-def _moments(values: np.ndarray, axis: int | None, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _moments(values: Values, axis: int | None, notes: list[str]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation along every axis but ``axis``, in float64 and in two passes (one loses digits)."""
     kept = values.shape[axis] if axis is not None else 1
-    over = tuple(a for a in range(values.ndim) if a != axis)
-    count = values.size // kept
+    rank = len(values.shape)
+    over = tuple(a for a in range(rank) if a != axis)
+    count = prod(values.shape) // kept
 
     def total(power: int, about: np.ndarray) -> np.ndarray:
-        column = about if axis is None else about.reshape([-1 if a == axis else 1 for a in range(values.ndim)])
+        column = about if axis is None else about.reshape([-1 if a == axis else 1 for a in range(rank)])
         sums = np.zeros(kept)
         for _, items in _chunks(values):
             sums += ((items.astype(np.float64) - column) ** power).sum(axis=over)
@@ -230,7 +240,7 @@ def _moments(values: np.ndarray, axis: int | None, name: str) -> tuple[tuple[flo
     flat = deviation <= 1e-12 * np.maximum(np.abs(mean), 1e-300)
     if flat.any():
         which = ", ".join(map(str, np.flatnonzero(flat)[:5]))
-        warnings.warn(f"{name}: channel {which} is constant; it is kept with scale 1", UndiffuseWarning, 4)
+        notes.append(f"channel {which} is constant; it is kept with scale 1")
         deviation = np.where(flat, 1.0, deviation)
     return tuple(mean.tolist()), tuple(deviation.tolist())
 

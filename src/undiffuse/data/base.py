@@ -67,6 +67,10 @@ class Dataset(ABC):
         """Where these items are in the whole that was opened, int64: a part of a data set counts its own items."""
         return positions(indices, len(self))
 
+    def called(self, index: int) -> str:
+        """What people call this item: its file, or ``item 3``."""
+        return f"item {index}"
+
     def describe(self) -> str:
         """One line: ``1,797 images 8x8x1 uint8 [0, 16], 10 classes``."""
         spec, count = self.spec, len(self)
@@ -137,12 +141,19 @@ class ArrayDataset(Dataset):
     """Items in one array ``[N, *spec.original_shape]``, in memory or mapped from a file."""
 
     def __init__(
-        self, spec: DataSpec, values: np.ndarray, labels: np.ndarray | None, *, name: str, content: str = ""
+        self,
+        spec: DataSpec,
+        values: np.ndarray,
+        labels: np.ndarray | None,
+        *,
+        name: str,
+        content: str = "",
+        notes: Sequence[str] = (),
     ) -> None:
         """``content``: the fingerprint of ``values`` and ``labels`` if it is known already."""
         if values.shape[1:] != spec.original_shape:
             raise UndiffuseError(f"{name}: items of shape {values.shape[1:]}, spec says {spec.original_shape}")
-        self.spec, self.name = spec, name
+        self.spec, self.name, self.notes = spec, name, tuple(notes)
         self.labels = None if labels is None else check_labels(labels, len(values), spec.classes, name)
         self._values = values
         content = content or digest(np.ascontiguousarray(values).tobytes(), b"" if labels is None else labels.tobytes())
@@ -181,6 +192,9 @@ class Subset(Dataset):
 
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         return self._whole.read(self._indices[positions(indices, len(self))])
+
+    def called(self, index: int) -> str:
+        return self._whole.called(int(self._indices[index]))
 
     def origin(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         return self._whole.origin(self._indices[positions(indices, len(self))])

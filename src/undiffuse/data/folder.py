@@ -190,6 +190,9 @@ class Files(Dataset):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def called(self, index: int) -> str:
+        return printable(self._entries[index].path)
+
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """As :meth:`Dataset.read`. A file that became unreadable since the scan is skipped like any bad one: the next
         good file takes its place, with its own label, and :attr:`skipped` names it.

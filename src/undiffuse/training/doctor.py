@@ -71,7 +71,7 @@ class Patient:
     Attributes:
         dataset, recipe, seed, minutes: what it would be called with; device: resolved.
         out: where it would write.
-        notes: what was warned of when the data were opened.
+        notes: what was warned of when the data were opened, and the recipe made.
         most: how many items of the data to look at; seconds: for how long at most.
     """
 
@@ -117,9 +117,9 @@ class Patient:
         return Plan(None if self.minutes is not None else self.recipe.training.images)
 
     def items(self, rows: Sequence[int]) -> str:
-        """The first of these items by number: ``item 3, 17 and 5 more``."""
-        shown = ", ".join(str(int(self.looked[row])) for row in rows[:3])
-        return f"item {shown}" + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
+        """The first of these items by name: ``item 3, item 17, item 20 and 5 more``, or their files."""
+        shown = ", ".join(self.dataset.called(int(self.looked[row])) for row in rows[:3])
+        return shown + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
 
 
 # --- the data ---------------------------------------------------------------------------------------------------------
@@ -148,12 +148,8 @@ def check_range(patient: Patient) -> Iterator[Finding]:
             "clip or repair the outliers, or take the logarithm of values that spread over decades",
         )
     elif deviation < 0.1:
-        yield Finding(
-            "range",
-            "yellow",
-            measured + ": most of the range is not used",
-            "save the values as .npy in a range of their own: noise will drown such small differences",
-        )
+        quiet = f"quiet, {20 * math.log10(max(deviation, 1e-9)):.0f} dB" if spec.kind == "sound" else ""
+        yield Finding("range", "yellow", f"{measured}: {quiet or 'most of the range is not used'}", _louder(patient))
     elif whole:
         yield Finding(
             "range",
@@ -173,6 +169,18 @@ def check_range(patient: Patient) -> Iterator[Finding]:
             f"the recipe assumes a deviation of {assumed[0]:g}, the data have {deviation:.2f}",
             f"set sigma_data={deviation:.2g} in model.prediction, model.input_scale and objective.weight",
         )
+
+
+def _louder(patient: Patient) -> str:
+    """What to do about values so small that noise drowns them."""
+    x, sound = patient.x, patient.dataset.spec.kind == "sound"
+    if float(x.abs().max()) < 0.5:
+        how = "make all sounds louder by one factor" if sound else "save the values as .npy in a range of their own"
+        return f"{how}: noise will drown such small differences"
+    return (
+        "most of the noise levels will show nothing of them: let the network see them in their own scale, with EDM's "
+        f"prediction, input scale and weight at sigma_data={float(x.std()):.2g}"
+    )
 
 
 def check_depth(patient: Patient) -> Iterator[Finding]:
@@ -236,7 +244,7 @@ def check_duplicates(patient: Patient) -> Iterator[Finding]:
     if exact:
         light: Light = "red" if len(exact) > len(x) / 2 else "yellow" if len(exact) > 0.001 * len(x) else "green"
         copy = exact[0]
-        which = f"item {patient.looked[copy]} is item {patient.looked[first[patient.values[copy].tobytes()]]}"
+        which = f"{patient.items([copy])} is {patient.items([first[patient.values[copy].tobytes()]])}"
         yield Finding(
             "duplicates",
             light,
@@ -389,7 +397,7 @@ def check_overlap(patient: Patient) -> Iterator[Finding]:
 def check_disk(patient: Patient) -> Iterator[Finding]:
     """Is there room for the checkpoints?"""
     spec, training = patient.dataset.spec, patient.recipe.training
-    config = patient.recipe.model.config(spec)
+    config = patient.recipe.config(spec)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build(config.network, config.network_config).parameters())
     one = 16 * parameters  # weights, average and two moments, float32
@@ -428,7 +436,7 @@ def trial(patient: Patient, seconds: float = 20.0) -> Iterator[Finding]:
     recipe, training = patient.recipe, patient.recipe.training
     device, target = torch.device(patient.device), training.batch_size
     with lent(patient.seed, "weights", 0):
-        denoiser = recipe.model.config(patient.dataset.spec).build()
+        denoiser = recipe.config(patient.dataset.spec).build()
     trainer = None
     done: list[tuple[int, float, int]] = []  # batch, seconds an update, peak bytes
     try:
@@ -588,7 +596,7 @@ def check_overfit(patient: Patient, updates: int = 150, seconds: float = 12.0) -
     objective, choice = recipe.objective, recipe.optimiser
     count = min(len(patient.dataset), recipe.training.batch_size, 32 if spec.kind == "points" else 8)
     with lent(patient.seed, "weights", 0):
-        denoiser = recipe.model.config(spec).build().to(patient.device).train()
+        denoiser = recipe.config(spec).build().to(patient.device).train()
     silent = _Silent(2 if denoiser.learned_variance else 1)
     trivial = Denoiser(
         silent,
@@ -650,7 +658,7 @@ def examine(
 
     Args:
         minutes: the run's length in time, if that is how it is given.
-        notes: warnings that opening the data has raised.
+        notes: what was warned of besides the notes of the data set.
         quick: without the trial.
 
     Raises:
@@ -659,7 +667,7 @@ def examine(
     if minutes is not None and not minutes > 0:
         raise UndiffuseError(f"minutes={minutes} must be positive")
     recipe.check(dataset.spec)
-    patient = Patient(dataset, recipe, seed, resolve_device(device), minutes, Path(out), tuple(notes))
+    patient = Patient(dataset, recipe, seed, resolve_device(device), minutes, Path(out), (*dataset.notes, *notes))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UndiffuseWarning)  # they are findings here
         # The trial comes first, so that its memory is that of training.

@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import from_json
 from ..data import Dataset
 from ..errors import UndiffuseError
-from ..pipeline import REGISTRIES, resolve_device
+from ..pipeline import resolve_device
 from . import checkpoint
 from .draws import batch_indices, draw, lent
 from .held_out import divide
-from .recipe import Plan, Recipe
+from .recipe import Plan, stored_recipe
 from .trainer import Snapshot, Trainer
 
 
@@ -78,7 +77,7 @@ def prove_resume(run: str | Path, dataset: Dataset, *, updates: int = 4, device:
         raise UndiffuseError(f"{folder}: no checkpoint to begin from; let the run reach its first one")
     try:
         identity = found.state["identity"]
-        recipe = from_json(Recipe, identity["recipe"], str(found.path), REGISTRIES)
+        recipe = stored_recipe(identity, str(found.path))
         seed, fingerprint = identity["seed"], identity["dataset"]["fingerprint"]
     except (KeyError, TypeError) as error:
         raise UndiffuseError(f"{found.path}: does not say of which run it is ({error} is missing)") from None

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
+from ..config import from_json
 from ..data.augment import LABELS, Augment, advice
 from ..data.spec import DataSpec
 from ..denoiser import InputScale, Label, NoScale, TimeLabel
@@ -294,6 +296,14 @@ class Plan:
         if self.images is None:
             return 0.0
         return min(1.0, max(0.0, (images - self.start) / max(1, self.images - self.start)))
+
+
+def stored_recipe(identity: Mapping[str, Any], where: str) -> Recipe:
+    """The recipe in a checkpoint's identity. One of an earlier version lacks the settings that are new: they have their
+    defaults, but for what was held out, which was nothing. ``KeyError``, ``TypeError`` where it is none."""
+    recipe = identity["recipe"]
+    training = {"held_out": 0, **recipe["training"]}
+    return from_json(Recipe, {**recipe, "training": training}, where, REGISTRIES)
 
 
 def share(count: int, part: int, parts: int) -> slice:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import signal
 import socket
 import sys
@@ -50,7 +51,7 @@ from .distributed import Leader, follow
 from .doctor import glance
 from .engine import check_divisible
 from .held_out import Curve, HeldOut, Probe, divide, probe
-from .recipe import Plan, Recipe, kind_of
+from .recipe import Plan, Recipe, kind_of, stored_recipe
 from .report import REFRESH, Report
 from .track import TensorBoard
 from .trainer import Diverged, Snapshot, Trainer
@@ -618,11 +619,7 @@ class _Run:
         """The settings that are other ones than in the checkpoint, if the run can go on with them (traps R6, RS-8)."""
         try:
             there, here = found.state["identity"], json.loads(json.dumps(self.identity))
-            data = there["dataset"]
-            # A checkpoint of an earlier version lacks the settings that are new; they have their defaults there. Only
-            # what was held out is known: nothing.
-            there["recipe"]["training"].setdefault("held_out", 0)
-            stored = from_json(Recipe, there["recipe"], str(found.path), REGISTRIES)
+            data, stored = there["dataset"], stored_recipe(there, str(found.path))
         except (KeyError, TypeError) as error:
             raise UndiffuseError(f"{found.path}: does not say of which run it is ({error} is missing)") from None
         if data != here["dataset"]:
@@ -636,9 +633,12 @@ class _Run:
         fixed = [each for each in changes if not each.startswith(CHANGEABLE)]
         if fixed or (changes and not change):
             perhaps = "" if fixed else "add --change to go on with the new ones from here, "
+            first = (fixed or changes)[0]
+            back = first.removeprefix("recipe.").partition(" there")[0].replace(": ", "=") if "recipe." in first else ""
+            back = f" with --set {back}" if re.fullmatch(r"[\w.]+=[\w.+-]+", back) else ""
             raise UndiffuseError(
-                f"{self.out}: holds a run with other settings ({(fixed or changes)[0]}); repeat its command "
-                f"({self.out / 'command.txt'}) to continue it, {perhaps}or start a new run with another --out"
+                f"{self.out}: holds a run with other settings ({first}); repeat its command "
+                f"({self.out / 'command.txt'}){back} to continue it, {perhaps}or start a new run with another --out"
             )
         return changes
 
@@ -659,7 +659,8 @@ class _Run:
         try:
             self.seconds_before, self.last_loss = found.state["seconds"], found.state["loss"]
             self.changed = list(found.state["changed"])
-            self.curve = Curve.from_json(found.state["held_out"])
+            if self.held_out is not None:  # a checkpoint from before there was a held-out part has no curve
+                self.curve = Curve.from_json(found.state["held_out"])
             machine = found.state["machine"]
         except KeyError as error:
             raise UndiffuseError(f"{found.path}: lacks {error}, so the run cannot go on exactly") from None
