@@ -111,27 +111,35 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
 def write_animation(path: str | Path, pictures: Sequence[Image.Image], seconds: float = 3.0) -> Path:
     """Write a looping ``.gif`` or ``.webp`` that plays for ``seconds`` and then rests on the last picture."""
     path = Path(path)
-    kinds = {".gif": "GIF", ".webp": "WEBP"}
-    if path.suffix.lower() not in kinds:
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in ANIMATIONS:
         raise UndiffuseError(f"{path}: an animation is a .gif or a .webp")
+    write_bytes_atomic(path, encode_animation(pictures, kind, seconds))
+    return path
+
+
+ANIMATIONS = ("gif", "webp")
+
+
+def encode_animation(pictures: Sequence[Image.Image], kind: str, seconds: float = 3.0) -> bytes:
+    """The file that :func:`write_animation` writes; ``kind`` is one of ``ANIMATIONS``."""
     each = max(20, round(1000 * seconds / len(pictures)))
     durations = [each] * (len(pictures) - 1) + [1500]
-    if path.suffix.lower() == ".gif":
+    if kind == "gif":
         # One palette for all frames, or the colours flicker.
         pictures = [picture.convert("P") if picture.mode == "L" else picture for picture in pictures]
     buffer = BytesIO()
-    options: dict[str, Any] = {"lossless": True} if kinds[path.suffix.lower()] == "WEBP" else {}
+    options: dict[str, Any] = {"lossless": True} if kind == "webp" else {}
     pictures[0].save(
         buffer,
-        kinds[path.suffix.lower()],
+        kind.upper(),
         save_all=True,
         append_images=list(pictures[1:]),
         duration=durations,
         loop=0,
         **options,
     )
-    write_bytes_atomic(path, buffer.getvalue())
-    return path
+    return buffer.getvalue()
 
 
 # --- What `undiffuse sample` and the previews of training write -------------------------------------------------------

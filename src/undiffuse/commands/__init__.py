@@ -36,6 +36,7 @@ VERBS = {
     "doctor": "look at data and a plan before training, or at a run",
     "sample": "sample from a saved model",
     "evaluate": "measure samples against data: every number with its floor",
+    "studio": "see a model at work: a page in the browser",
     "serve": "serve models over HTTP, many requests in one network call",
     "solvers": "list the solvers, find the best for a model, tune a grid for it",
     "ls": "list the runs in a folder",

@@ -115,6 +115,7 @@ def solvers(
             raise UndiffuseError("--tune needs a model: undiffuse solvers runs/NAME --tune 8")
         return listed()
     from ..pipeline import Pipeline, resolve_device
+    from .sample import progress_bar
 
     model, out = Path(model), Path(out)
     if samples is not None and samples < 1:
@@ -130,7 +131,9 @@ def solvers(
         raise UndiffuseError(f"--samples {samples}: a Frechet distance of fewer than 16 samples says nothing")
     figure = _picture(out)
     names, strict = _names(solvers)
-    measured = _measure(pipeline, model, budgets, names, strict, grid, samples, seed, out, figure is not None)
+    with progress_bar() as tick:
+        measured = measure(pipeline, model, budgets, names, strict, grid, samples, seed, tick)
+    measured = replace(measured, files=(out.with_suffix(".json"), *([out] if figure is not None else [])))
     target = out.with_suffix(".json")
     from ..config import write_json_atomic
     from . import plain
@@ -182,7 +185,7 @@ def _names(text: str) -> tuple[list[str], bool]:
     return names, text != MAIN
 
 
-def _measure(
+def measure(
     pipeline: Pipeline,
     model: Path,
     budgets: Sequence[int],
@@ -191,15 +194,15 @@ def _measure(
     grid: str,
     samples: int,
     seed: int,
-    out: Path,
-    with_picture: bool,
+    tick: Callable[[int, int], None],
 ) -> Measured:
+    """What ``undiffuse solvers MODEL`` measures; ``tick(done, total)`` counts steps. Unless ``strict``, a solver that
+    does not fit the model is left out and listed in ``skipped``."""
     from ..errors import choose
     from ..grids import GRIDS
     from ..sampling import default_sampling
     from ..solvers import SOLVERS, UniPC
     from ..tuning import HELD_OUT, distance
-    from .sample import progress_bar
 
     usual = pipeline.settings()
     spacing = choose("grid", grid, GRIDS)
@@ -219,42 +222,40 @@ def _measure(
     finest = replace(usual, solver=UniPC(3), grid=GRIDS["log_snr"], steps=fine)
     total = sum(job[3].steps * SOLVERS.get(job[0], job[3].solver).calls for job in jobs) + 2 * fine + fine // 2
     done = 0
-    with progress_bar() as tick:
 
-        def draw(settings: Sampling, first: int = 0) -> Tensor:
-            nonlocal done
-            begun = done
-            work = settings.steps * settings.solver.calls
+    def draw(settings: Sampling, first: int = 0) -> Tensor:
+        nonlocal done
+        begun = done
+        work = settings.steps * settings.solver.calls
 
-            def progress(now: int, of: int) -> None:
-                tick(begun + round(work * now / of), total)
+        def progress(now: int, of: int) -> None:
+            tick(begun + round(work * now / of), total)
 
-            drawn = pipeline.draw(range(first, first + samples), seed=seed, sampling=settings, progress=progress)
-            done = begun + work
-            return drawn
+        drawn = pipeline.draw(range(first, first + samples), seed=seed, sampling=settings, progress=progress)
+        done = begun + work
+        return drawn
 
-        end = draw(finest)
-        fine_error = float(distance(draw(replace(finest, steps=fine // 2)), end))
-        other = draw(finest, HELD_OUT)
-        frechet, components = _compare(other)
-        rows, skipped = [], []
-        for name, on, budget, settings in jobs:
-            try:
-                x = draw(settings)
-            except UndiffuseError as error:
-                if strict and name in names:
-                    raise
-                skipped.append(f"{name} with {budget} calls: {error}")
-                continue
-            off = None if settings.solver.stochastic else float(distance(x, end))
-            rows.append(Row(name, on, budget, settings.steps, off, frechet(x)))
+    end = draw(finest)
+    fine_error = float(distance(draw(replace(finest, steps=fine // 2)), end))
+    other = draw(finest, HELD_OUT)
+    frechet, components = _compare(other)
+    rows, skipped = [], []
+    for name, on, budget, settings in jobs:
+        try:
+            x = draw(settings)
+        except UndiffuseError as error:
+            if strict and name in names:
+                raise
+            skipped.append(f"{name} with {budget} calls: {error}")
+            continue
+        off = None if settings.solver.stochastic else float(distance(x, end))
+        rows.append(Row(name, on, budget, settings.steps, off, frechet(x)))
     if not rows:
         raise UndiffuseError(f"no solver could be measured: {skipped[0] if skipped else 'take more calls'}")
     floor = frechet(end)
     best, text, command = _recommend(rows, floor, model, grid)
-    files = (out.with_suffix(".json"), *([out] if with_picture else []))
     return Measured(
-        model, samples, components, fine_error, floor, tuple(rows), tuple(skipped), best, text, command, files
+        model, samples, components, fine_error, floor, tuple(rows), tuple(skipped), best, text, command, files=()
     )
 
 
