@@ -184,6 +184,7 @@ def write_samples(
     progress: Callable[[int, int], None] | None,
     model: str,
     options: dict[str, Any],
+    rows: int | None = None,
 ) -> None:
     """Sample and write to ``target``: a .png grid, a folder, a .npy, or a .gif or .webp of the trajectory; sounds one
     after another as a .wav, points as a .csv. Files have the units, the range and the bits of the data.
@@ -194,13 +195,15 @@ def write_samples(
     columns = columns_for(samples, len(spec.classes) if classes is None else len(classes))
     if suffix in (".gif", ".webp") and spec.kind != "video":
         pictures = []
-        for frame in pipeline.frames(samples, seed=seed, classes=classes, sampling=sampling):
+        for frame in pipeline.frames(samples, seed=seed, classes=classes, sampling=sampling, rows=rows):
             pictures.append(grid(spec, frame.x.cpu(), columns))
             if progress is not None:
                 progress(frame.index, sampling.steps)
         write_animation(target, pictures)
         return
-    x = pipeline.draw(samples, seed=seed, classes=classes, sampling=sampling, batch_size=batch_size, progress=progress)
+    x = pipeline.draw(
+        samples, seed=seed, classes=classes, sampling=sampling, batch_size=batch_size, rows=rows, progress=progress
+    )
     parameters = {
         "model": model,
         "weights": pipeline.fingerprint,

@@ -68,7 +68,7 @@ def test_without_fixed_rows_to_rounding(model: Pipeline) -> None:
         for request, job in zip(asked, jobs, strict=True):
             assert torch.allclose(job.future.result(), alone(model, request), atol=1e-3), request.sampling
         assert max(engine.counters.by_rows) > 1  # they were answered together
-        assert engine.counters.calls < sum(job.calls for job in jobs)
+        assert engine.counters.calls < sum(request.sampling.steps for request in asked)
 
 
 def test_trap_X9_thirty_two_at_once_are_as_one_after_the_other(model: Pipeline) -> None:
@@ -174,9 +174,9 @@ def test_a_network_call_that_fails_is_made_again_one_by_one(model: Pipeline) -> 
         if len(inputs[0]) > 1:
             raise torch.OutOfMemoryError("no memory for two")
 
-    hook = network.register_forward_pre_hook(small)
     gate = Gate()
     with Engine({"m": model}, rows=8) as engine:
+        hook = network.register_forward_pre_hook(small)
         jobs = [engine.submit(Request("m", model.settings(steps=2, guidance_scale=1.0), classes=[1], watch=gate))]
         assert gate.reached.wait(30)
         jobs += [engine.submit(Request("m", model.settings(steps=2, guidance_scale=1.0), seed=s)) for s in (1, 2)]
@@ -296,4 +296,6 @@ def test_SV16_counters_reconcile(model: Pipeline) -> None:
 
 
 def test_the_probe_stays_in_bounds(model: Pipeline) -> None:
-    assert probe(model, most=8, repeats=1) in (2, 4, 8)
+    rows, seconds = probe(model, most=8, repeats=1)
+    assert rows in (2, 4, 8)
+    assert seconds > 0

@@ -6,71 +6,16 @@ import base64
 import io
 import json
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from serving_laws import ROWS, Running, running, until
 from test_pipeline import pipeline
 from undiffuse.pipeline import Pipeline
-
-uvicorn = pytest.importorskip("uvicorn", reason="needs undiffuse[serve]")
-pytest.importorskip("fastapi", reason="needs undiffuse[serve]")
-
-from undiffuse.serving.engine import Engine  # noqa: E402
-from undiffuse.serving.server import Door, Limits, Service, create_app, names_of  # noqa: E402
-
-ROWS = 8
-
-
-@dataclass
-class Running:
-    port: int
-    model: Pipeline
-    service: Service
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def ask(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any, bytes]:
-        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        sent = {**({"Content-Type": "application/json"} if data is not None else {}), **(headers or {})}
-        request = urllib.request.Request(self.url + path, data, sent)
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                return response.status, response.headers, response.read()
-        except urllib.error.HTTPError as error:
-            return error.code, error.headers, error.read()
-
-
-@contextmanager
-def running(key: str | None = None, **limits: Any) -> Iterator[Running]:
-    model = pipeline()
-    service = Service(lambda: Engine({"tiny": model}, rows=ROWS, exact=True), Limits(**limits))
-    config = uvicorn.Config(app=lambda scope: None, host="127.0.0.1", port=0, log_level="error")
-    listening = config.bind_socket()
-    port = listening.getsockname()[1]
-    config.app = create_app(service, Door(names_of("127.0.0.1", port), key))
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    service._thread.join()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield Running(port, model, service)
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +151,10 @@ BAD = [
     (b'{"partial_images": 2}', 400),
     (b'{"stream": true, "n": 2}', 400),
     (b"{" + b",".join(b'"k%d": 1' % i for i in range(20_000)) + b"}", 400),
-    (b'{"prompt": "' + b"a" * 1_000_000 + b'"}', 400),
+    (b'{"prompt": "' + b"a" * 100_000 + b'"}', 400),
+    (b'{"prompt": "' + b"a" * 10_000_000 + b'"}', 413),
+    (b'{"output_compression": 5}', 400),
+    (b'{"negative_prompt": "1"}', 400),
     (b" " * 20_000_001, 413),
 ]
 
@@ -271,33 +219,30 @@ def test_SV6_with_a_key_nothing_answers_without_it() -> None:
 
 def test_SV10_live_is_not_ready() -> None:
     gate = threading.Event()
-    model = pipeline()
 
-    def load() -> Engine:
+    def load() -> Pipeline:
         gate.wait(30)
-        return Engine({"tiny": model}, rows=ROWS)
+        return pipeline()
 
-    service = Service(load)
-    assert not service.ready
-    gate.set()
-    service._thread.join()
-    assert service.ready
-    service.draining = True
-    assert not service.ready
-    assert service.engine is not None
-    service.engine.close()
+    with running(sources={"tiny": load}, ready=False) as server:
+        assert server.ask("/v2/health/live")[0] == 200
+        assert server.ask("/v2/health/ready")[0] == 503
+        status, headers, _ = server.ask("/v1/images/generations", {"prompt": "1"})
+        assert (status, headers["Retry-After"]) == (503, "1")
+        gate.set()
+        until(lambda: server.service.ready)
+        assert server.ask("/v2/health/ready")[0] == 200
+        server.service.drain()
+        assert server.ask("/v2/health/live")[0] == 200
+        assert server.ask("/v2/health/ready")[0] == 503
+        assert server.ask("/v1/images/generations", {"prompt": "1"})[0] == 503
 
 
 def test_metrics_count_what_was_answered(server: Running) -> None:
-    def counts() -> dict[str, float]:
-        text = server.ask("/metrics")[2].decode()
-        rows = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
-        return {name: float(value) for name, _, value in rows}
-
-    before = counts()
+    before = server.counts()
     server.ask("/v1/images/generations", {"prompt": "1"})
     server.ask("/v1/images/generations", {"prompt": "no"})
-    after = counts()
+    after = server.counts()
     assert after['undiffuse_responses_total{status="200"}'] == before['undiffuse_responses_total{status="200"}'] + 2
     name = 'undiffuse_jobs_total{end="finished"}'
     assert after[name] == before[name] + 1

@@ -56,6 +56,7 @@ def sample(
     classes: str | None = None,
     seed: int | None = None,
     batch_size: int | None = None,
+    rows: int | None = None,
     out: AnyPath | None = None,
     from_: Annotated[AnyPath | None, tyro.conf.arg(name="from")] = None,
     device: str = "auto",
@@ -74,6 +75,8 @@ def sample(
             are given (default: all in turn).
         seed: Sample i is a function of the seed and i (default 0).
         batch_size: Samples computed together (default 64); changes a sample by rounding only.
+        rows: Fill every network call up to so many rows, as `undiffuse serve --exact --rows N` does: on a CPU the
+            samples are then the server's to the last bit.
         out: A .png grid, a .npy array of shape [N, data shape] in the data's own units and dtype, a .gif or .webp of
             the trajectory, or a folder with one file a sample. Sounds: a .wav with one after another, or a folder of
             them. Points: a .csv. (Default: samples, as what the data is.)
@@ -98,6 +101,7 @@ def sample(
         "classes": classes,
         "seed": seed,
         "batch_size": batch_size,
+        "rows": rows,
         "set": list(set) or None,
     }
     made = made_by(Path(from_)) if from_ is not None else None
@@ -117,7 +121,8 @@ def sample(
     check_target(target, pipeline.spec)
     begun = time.monotonic()
     with progress_bar() as tick:
-        write_samples(target, pipeline, count, seed, chosen, settings, batch, tick, str(model), options)
+        fixed = options.get("rows")
+        write_samples(target, pipeline, count, seed, chosen, settings, batch, tick, str(model), options, fixed)
     shown = describe(settings)
     if settings in pipeline.tuned:
         shown["grid"] = "tuned"

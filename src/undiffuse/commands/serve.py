@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from ..errors import UndiffuseError
 from .options import AnyPath
 
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
+
 EXAMPLES = """
 undiffuse serve runs/demo                    OpenAI's image API, port 8000
 undiffuse serve runs/demo runs/mnist         two models, asked for by name
+undiffuse serve runs/* --max-loaded 2        many, two of them in memory
 undiffuse serve runs/demo --host 0.0.0.0     needs a key in $UNDIFFUSE_API_KEY
 """
 
@@ -40,6 +45,7 @@ def serve(
     exact: bool = False,
     waiting: int = 64,
     seconds: float = 300.0,
+    max_loaded: int | None = None,
     device: str = "auto",
 ) -> Served:
     """Serve models over HTTP until Ctrl-C or SIGTERM; requests that run are finished first.
@@ -58,6 +64,8 @@ def serve(
             served (`undiffuse sample --rows N` makes it too); slower.
         waiting: Most requests that wait; one more is answered with 429.
         seconds: Until a request is given up, waiting included.
+        max_loaded: Most models in memory at a time (default: all). A request for another waits until it is loaded in
+            place of the one used longest ago.
         device: auto, cpu, cuda, mps.
 
     Raises:
@@ -66,9 +74,7 @@ def serve(
     from ..pipeline import Pipeline, find_pipeline, resolve_device
 
     try:
-        import uvicorn
-
-        from ..serving.server import GRACE, Door, Limits, Service, create_app, names_of
+        from ..serving.server import LOCAL, Limits, Service, server_of
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("undiffuse"):
             raise
@@ -76,13 +82,15 @@ def serve(
     from ..serving.engine import Engine
 
     key = api_key or os.environ.get(KEY) or None
-    local = host in ("127.0.0.1", "localhost", "::1")
+    local = host in LOCAL
     if not local and key is None:
         raise UndiffuseError(f"--host {host} is open to others: set a key in ${KEY} (or with --api-key)")
     if not models:
         raise UndiffuseError("name a model: undiffuse serve runs/NAME")
     if not 0 <= port < 65536 or waiting < 1 or not seconds > 0:
         raise UndiffuseError(f"--port {port} --waiting {waiting} --seconds {seconds:g}: out of range")
+    if max_loaded is not None and max_loaded < 1:
+        raise UndiffuseError(f"--max-loaded {max_loaded}: at least 1")
     if rows is not None and rows < 2:
         raise UndiffuseError(f"--rows {rows}: at least 2, since a guided sample takes two")
     folders = {name_of(Path(model)): Path(model) for model in models}
@@ -92,36 +100,19 @@ def serve(
         find_pipeline(folder)
     place = resolve_device(device)
 
-    def load() -> Engine:
-        pipelines = {name: Pipeline.load(folder, place) for name, folder in folders.items()}
-        return Engine(pipelines, rows=rows, waiting=waiting, exact=exact)
+    def source(folder: Path) -> Callable[[], Pipeline]:
+        return lambda: Pipeline.load(folder, place)
 
-    config = uvicorn.Config(
-        app=lambda scope: None,  # replaced below, when the port is known
-        host=host,
-        port=port,
-        log_level="warning",
-        timeout_graceful_shutdown=round(GRACE) + 1,
-        timeout_keep_alive=10,
-        limit_concurrency=2000,
-        server_header=False,
-        h11_max_incomplete_event_size=65536,
-    )
-    try:
-        listening = config.bind_socket()
-    except SystemExit:
-        raise UndiffuseError(f"--port {port}: cannot be listened on; is something else there? Take another") from None
-    port = listening.getsockname()[1]
-    service = Service(load, Limits(seconds=seconds))
-    config.app = create_app(service, Door(names_of(host, port) if local else frozenset(), key))
-    address = f"http://{'127.0.0.1' if local else host}:{port}"
+    engine = Engine(rows=rows, waiting=waiting, exact=exact)
+    sources = {name: source(folder) for name, folder in folders.items()}
+    service = Service(engine, sources, Limits(seconds=seconds), max_loaded)
+    server, listening = server_of(service, host, port, key)
+    address = f"http://{'127.0.0.1' if local else host}:{listening.getsockname()[1]}"
     print(f"serving    {', '.join(folders)} at {address}/v1 (Ctrl-C ends it)", flush=True)
-    server = uvicorn.Server(config)
     server.run(sockets=[listening])
     if service.trouble is not None:
         raise UndiffuseError(service.trouble)
-    done = service.engine.counters if service.engine is not None else None
-    return Served(address, tuple(folders), done.finished if done else 0, done.failed if done else 0)
+    return Served(address, tuple(folders), engine.counters.finished, engine.counters.failed)
 
 
 def report(served: Served) -> str:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..commands.sample import parse_classes
 from ..data import DataSpec
-from ..data.images import Target, decode
+from ..data.images import Target, decode, read_header
+from ..data.sounds import encode_wav
 from ..data.store import BadFile
 from ..errors import UndiffuseError
 from ..pipeline import Pipeline, Sampling
@@ -34,20 +35,28 @@ class Limits:
     """What one request may ask for."""
 
     body: int = 20_000_000  # bytes
-    samples: int = 64
+    samples: int = 64  # of one request
     steps: int = 1000
+    json: int = 1_000_000  # bytes of a JSON body, which is read in one go
     pixels: int = 16_000_000  # of an uploaded picture
     seconds: float = 300.0  # until the answer, waiting included
     upload_seconds: float = 30.0  # until the body has arrived
 
 
 class Refused(Exception):
-    """An answer that is an error: ``{"error": {message, type, param, code}}``."""
+    """An answer that is an error: ``{"error": {message, type, param, code}}``. ``wait``: seconds until it is worth
+    trying again, for ``Retry-After``."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        wait: float | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers: dict[str, str] = {}
+        self.status, self.message, self.param, self.code, self.wait = status, message, param, code, wait
 
     @property
     def body(self) -> dict[str, Any]:
@@ -104,6 +113,7 @@ class Samples(How):
     prompt: str = Field("", max_length=10_000)
     model: str | None = Field(None, max_length=200)
     n: int | None = Field(None, ge=1)
+    format: Literal["npy", "wav"] | None = Field(None, description="npy; wav for sounds, one after another")
 
 
 class Parameters(How):
@@ -220,13 +230,18 @@ def classes_of(form: How, prompt: str, pipeline: Pipeline, samples: int) -> list
         return [i % len(names) for i in range(samples)] if names else None
     if not names:
         raise Refused(400, "this model takes no prompt: leave it empty", "prompt", "invalid_value")
-    return [_classes(prompt, names, "prompt")[i % len(_classes(prompt, names, "prompt"))] for i in range(samples)]
+    chosen = _classes(prompt, names, "prompt")
+    return [chosen[i % len(chosen)] for i in range(samples)]
 
 
-def against_of(form: How, pipeline: Pipeline) -> int | None:
+def against_of(form: How, pipeline: Pipeline, sampling: Sampling) -> int | None:
     """The class that guidance leads away from."""
     if not (form.negative_prompt or "").strip():
         return None
+    if sampling.guidance_scale == 1:
+        raise Refused(
+            400, "at guidance_scale 1 a negative prompt does nothing: ask for more", "negative_prompt", "invalid_value"
+        )
     names = pipeline.spec.classes if "classes" in pipeline.denoiser.null(1) else ()
     chosen = _classes(form.negative_prompt or "", names, "negative_prompt") if names else []
     if len(chosen) != 1:
@@ -245,6 +260,10 @@ def check_size(form: Generation, spec: DataSpec) -> None:
     """A model makes pictures of one size; asking for another is refused rather than resized."""
     if not spec.has_pictures:
         raise Refused(400, "this model makes no pictures: use /v1/samples", "model", "invalid_value")
+    if form.output_compression is not None and form.output_format not in ("jpeg", "webp"):
+        raise Refused(
+            400, "output_compression is of jpeg and webp; a PNG is never lossy", "output_compression", "invalid_value"
+        )
     height, width = spec.shape[1:]
     if form.size not in (None, "auto", f"{width}x{height}"):
         raise Refused(400, f"this model makes pictures of size {width}x{height}", "size", "invalid_value")
@@ -259,10 +278,7 @@ def read_picture(data: bytes, spec: DataSpec, limits: Limits) -> Tensor:
     bits = 16 if spec.dtype == "uint16" else 8
     if spec.dtype not in ("uint8", "uint16"):
         raise Refused(400, f"this model's data are {spec.dtype}, no pictures can be uploaded", "image", "invalid_value")
-    try:
-        pixels = decode(data, Target((height, width), spec.channels, bits)).pixels
-    except BadFile as error:
-        raise Refused(400, f"image: {error}", "image", "invalid_image") from None
+    pixels = _pixels("image", data, Target((height, width), spec.channels, bits), limits)
     low, high = float(spec.low or 0), float(spec.high or 255)
     scaled = low + pixels.astype(np.float64) / (2**bits - 1) * (high - low)  # digits are 0 to 16, say
     if "C" in spec.layout and pixels.ndim == 2:
@@ -278,10 +294,7 @@ def read_mask(data: bytes, spec: DataSpec, limits: Limits) -> Tensor:
     import torch
 
     height, width = spec.shape[1:]
-    try:
-        pixels = decode(data, Target((height, width), 4, 8)).pixels
-    except BadFile as error:
-        raise Refused(400, f"mask: {error}", "mask", "invalid_image") from None
+    pixels = _pixels("mask", data, Target((height, width), 4, 8), limits)
     alpha = pixels[..., 3]
     keep = alpha > 127 if (alpha < 255).any() else pixels[..., :3].mean(-1) < 128
     if keep.all():
@@ -289,12 +302,24 @@ def read_mask(data: bytes, spec: DataSpec, limits: Limits) -> Tensor:
     return torch.from_numpy(keep)[None, None]
 
 
+def _pixels(what: str, data: bytes, target: Target, limits: Limits) -> np.ndarray:
+    try:
+        header = read_header(BytesIO(data))
+        if header.width * header.height > limits.pixels:
+            raise BadFile(f"{header.width}x{header.height}: more than {limits.pixels / 1e6:g} million pixels")
+        return decode(data, target).pixels
+    except BadFile as error:
+        raise Refused(400, f"{what}: {error}", what, "invalid_image") from None
+
+
 def encode(picture: np.ndarray, kind: str, compression: int | None) -> bytes:
     """uint8 ``[H, W]`` or ``[H, W, C]`` as a file."""
     buffer = BytesIO()
     image = Image.fromarray(picture)
     if kind == "jpeg":
-        image.convert("L" if image.mode == "L" else "RGB").save(buffer, "JPEG", quality=compression or 95)
+        image.convert("L" if image.mode == "L" else "RGB").save(
+            buffer, "JPEG", quality=95 if compression is None else compression
+        )
     elif kind == "webp":
         image.save(buffer, "WEBP", **({"lossless": True} if compression is None else {"quality": compression}))
     else:
@@ -306,10 +331,20 @@ def text_of(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def as_array(spec: DataSpec, x: Sequence[Tensor]) -> bytes:
-    """``.npy`` bytes of the samples in the data's own units."""
+def as_file(spec: DataSpec, x: Sequence[Tensor], kind: str) -> tuple[bytes, str]:
+    """The samples in the data's own units as the bytes of a ``.npy``, or one after another as a ``.wav``; and their
+    media type."""
     import torch
 
+    values = spec.to_data(torch.cat(list(x)))
+    if kind == "wav":
+        return encode_wav(values.reshape(-1, *values.shape[2:]), spec), "audio/wav"
     buffer = BytesIO()
-    np.save(buffer, spec.to_data(torch.cat(list(x))), allow_pickle=False)
-    return buffer.getvalue()
+    np.save(buffer, values, allow_pickle=False)
+    return buffer.getvalue(), "application/octet-stream"
+
+
+def check_format(form: Samples, spec: DataSpec) -> str:
+    if form.format == "wav" and spec.kind != "sound":
+        raise Refused(400, f"this model makes {spec.kind}, no sound: format is npy", "format", "invalid_value")
+    return form.format or "npy"

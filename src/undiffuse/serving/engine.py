@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
+from types import MappingProxyType
 from typing import final
 
 import torch
@@ -30,7 +30,7 @@ from ..denoiser import Denoise
 from ..editing import keep_known
 from ..errors import UndiffuseError, choose
 from ..levels import Estimate, Level
-from ..pipeline import Pipeline, Question, Sampling, answer_together, finished
+from ..pipeline import Pipeline, Question, Sampling, Start, answer_together, finished
 from ..sampling import Frame, walk
 from ..solvers import Step
 
@@ -79,19 +79,20 @@ class Request:
 
 @final
 class Job:
-    """A request on its way. ``future`` gives the samples ``[N, *shape]`` in model units, on the CPU; or raises
-    :class:`Late`, ``CancelledError``, or what went wrong."""
+    """A request on its way, or a part of it. ``future`` gives the samples ``[N, *shape]`` in model units, on the CPU;
+    or raises :class:`Late`, ``CancelledError``, or what went wrong."""
 
     def __init__(self, request: Request, rows: int, calls: int, number: int) -> None:
         self.request = request
         self.rows = rows  # of each network call that it takes part in
-        self.calls = calls  # that it will take part in, about
-        self.number = number
+        self.left = calls  # in which it will still take part, about
+        self.number = number  # of the request that it is a part of
         self.asked = time.monotonic()
+        self.due = self.asked
         self.future: Future[Tensor] = Future()
+        self.future.set_running_or_notify_cancel()  # it ends on the engine's thread alone, whoever loses interest
         self.cancelled = False
-        self.served = -1  # the number of the last call it took part in
-        self.steps: Step | None = None
+        self.steps: Step | None = None  # None: not begun
         self.question: Question | None = None
         self.cond: Mapping[str, Tensor] = {}
         self.against: Mapping[str, Tensor] = {}
@@ -125,91 +126,172 @@ class Counters:
 
 
 @final
+class Loaded:
+    """A pipeline that is served: the most rows of its network calls, and what they cost."""
+
+    def __init__(self, pipeline: Pipeline, rows: int, seconds: float) -> None:
+        pipeline.denoiser.eval().requires_grad_(False)
+        self.pipeline = pipeline
+        self.rows = rows
+        self._seconds, self._done = rows * seconds, float(rows)
+
+    @property
+    def pace(self) -> float:
+        """Seconds a row: the mean over the last twenty calls, about."""
+        return self._seconds / self._done
+
+    def took(self, rows: int, seconds: float) -> None:
+        self._seconds, self._done = 0.95 * self._seconds + seconds, 0.95 * self._done + rows
+
+
+@final
 class Engine:
     """Serves requests for some models on one thread of its own.
 
+    Whose questions are answered first? A job is *due* when ``PATIENCE`` times as long has passed since it was asked for
+    as it takes by itself, and the earliest due go first. So short jobs overtake long ones, but never for ever: a time
+    that was fixed once comes nearer, whatever is asked later. The parts of a large request are due one after the other.
+
     Args:
-        models: pipelines by name.
+        models: pipelines by name; :meth:`add` and :meth:`remove` change them.
         rows: most rows of a network call; None: as many as a probe finds to pay.
         waiting: most requests that wait; one more is refused with :class:`Busy`.
         exact: fill every call up to ``rows``, so that on a CPU a picture does not depend on its neighbours to the bit.
     """
 
+    PATIENCE = 4.0
+
     def __init__(
-        self, models: Mapping[str, Pipeline], *, rows: int | None = None, waiting: int = 64, exact: bool = False
+        self,
+        models: Mapping[str, Pipeline] = MappingProxyType({}),
+        *,
+        rows: int | None = None,
+        waiting: int = 64,
+        exact: bool = False,
     ) -> None:
-        if not models:
-            raise UndiffuseError("an engine needs at least one model")
         if rows is not None and rows < 2:
             raise UndiffuseError(f"rows={rows} must be at least 2: a guided sample takes two")
-        self.models = dict(models)
-        for pipeline in self.models.values():
-            pipeline.denoiser.eval().requires_grad_(False)
-        self.rows = {name: rows or probe(pipeline) for name, pipeline in self.models.items()}
+        self.rows = rows
         self.most_waiting = waiting
         self.exact = exact
         self.counters = Counters()
-        self.waiting: deque[Job] = deque()
-        self.running: list[Job] = []
-        self.pace = 0.01  # seconds a row, a moving average
+        self.models: dict[str, Loaded] = {}
+        self.jobs: list[Job] = []  # all that have not ended
         self.closing = False
+        self._served: set[int] = set()  # numbers of the requests of the last network call
         self._changed = threading.Condition()
         self._numbers = count()
+        for name, pipeline in models.items():
+            self.add(name, pipeline)
         self._thread = threading.Thread(target=self._serve, name="undiffuse-engine", daemon=True)
         self._thread.start()
 
     # --- what others call ---------------------------------------------------------------------------------------------
 
+    def add(self, name: str, pipeline: Pipeline) -> None:
+        """Serve a model. It is probed first, which takes a second or two, here and not on the engine's thread."""
+        self.models[name] = Loaded(pipeline, *probe(pipeline, self.rows))
+
+    def remove(self, name: str) -> None:
+        """Serve it no more. Raises :class:`UndiffuseError` while there are jobs for it (:meth:`busy`)."""
+        with self._changed:
+            if any(job.request.model == name for job in self.jobs):
+                raise UndiffuseError(f"model {name} is at work")
+            del self.models[name]
+
+    def busy(self, name: str) -> bool:
+        """Whether there are jobs for a model."""
+        with self._changed:
+            return any(job.request.model == name for job in self.jobs)
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine has ended: closed, or its device lost."""
+        return self._thread.is_alive()
+
+    def join(self) -> None:
+        """Wait until the engine has ended."""
+        self._thread.join()
+
     def submit(self, request: Request) -> Job:
-        """Queue a request. Raises :class:`UndiffuseError` for one that cannot be served, :class:`Busy` for one that
-        cannot be served now; everything is checked before it waits."""
-        pipeline = choose("model", request.model, self.models)
+        """Queue a request that fits into a network call; see :meth:`submit_parts`."""
+        most = self._most(request)
+        if len(request.samples) > most:
+            raise UndiffuseError(f"{len(request.samples)} samples in one request, at most {most} fit into a call")
+        return self.submit_parts(request)[0]
+
+    def submit_parts(self, request: Request) -> list[Job]:
+        """Queue a request in parts that fit into a network call: all of it, or nothing. Raises :class:`UndiffuseError`
+        for one that cannot be served, :class:`Busy` for one that cannot be served now; everything is checked before it
+        waits."""
+        most = self._most(request)
+        loaded = self.models[request.model]
+        pipeline, sampling = loaded.pipeline, request.sampling
         if not request.samples:
             raise UndiffuseError("no samples asked for")
         if request.keep is not None and request.image is None:
             raise UndiffuseError("a mask needs the image that it keeps")
-        each = pipeline.rows(request.sampling)
-        rows = each * len(request.samples)
-        if rows > self.rows[request.model]:
-            most = self.rows[request.model] // each
-            raise UndiffuseError(f"{len(request.samples)} samples in one request, at most {most} fit into a call")
         # All that can be wrong is wrong here and not on the engine's thread; the noise of the rest is drawn there.
         pipeline.conditions(request.samples, request.classes)
         if request.against is not None:
             pipeline.conditions(request.samples, [request.against])
-        pipeline.begin(
-            request.samples[:1],
+        begun = self._start(replace(request, samples=request.samples[:1]))
+        calls = (len(begun.levels) - 1) * sampling.solver.calls + sampling.solver.extra
+        with self._changed:
+            if self.closing:
+                self.counters.rejected += 1
+                raise Busy("the engine is closing", 60.0)
+            if self.models.get(request.model) is not loaded:
+                raise Busy("the model has just been put away", 1.0)
+            if (waiting := self._waiting()) >= self.most_waiting:
+                self.counters.rejected += 1
+                raise Busy(f"{waiting} requests are waiting already", self._wait())
+            number, jobs = next(self._numbers), []
+            for begin in range(0, len(request.samples), most):
+                samples = request.samples[begin : begin + most]
+                rows = len(samples) * pipeline.rows(sampling)
+                job = Job(replace(request, samples=samples), rows, calls, number)
+                job.due += self.PATIENCE * calls * loaded.pace * loaded.rows * (len(jobs) + 1)
+                jobs.append(job)
+            self.jobs.extend(jobs)
+            self.counters.received += len(jobs)
+            self._changed.notify()
+        return jobs
+
+    def _most(self, request: Request) -> int:
+        """Samples of this request that fit into a network call."""
+        return max(1, choose("model", request.model, self.models).rows // Pipeline.rows(request.sampling))
+
+    def _start(self, request: Request) -> Start:
+        return self.models[request.model].pipeline.begin(
+            request.samples,
             seed=request.seed,
             classes=request.classes,
             sampling=request.sampling,
             image=request.image,
             strength=request.strength,
         )
-        solver = request.sampling.solver
-        job = Job(request, rows, request.sampling.steps * solver.calls + solver.extra, next(self._numbers))
-        with self._changed:
-            if self.closing:
-                self.counters.rejected += 1
-                raise Busy("the engine is closing", 60.0)
-            if len(self.waiting) >= self.most_waiting:
-                self.counters.rejected += 1
-                raise Busy(f"{len(self.waiting)} requests are waiting already", self._wait())
-            self.waiting.append(job)
-            self.counters.received += 1
-            self._changed.notify()
-        return job
 
     def run(self, request: Request) -> Tensor:
         """:meth:`submit`, and wait for the samples."""
         return self.submit(request).future.result()
 
+    @property
+    def waiting(self) -> int:
+        """Requests of which no part took part in the last network call."""
+        with self._changed:
+            return self._waiting()
+
+    def _waiting(self) -> int:
+        return len({job.number for job in self.jobs} - self._served)
+
     def wait(self) -> float:
-        """Seconds until a request that comes now would begin, about."""
+        """Seconds until all that is here is done, about: a request that comes then begins at once."""
         with self._changed:
             return self._wait()
 
     def _wait(self) -> float:
-        return self.pace * sum(job.rows * job.calls for job in [*self.waiting, *self.running])
+        return sum(job.rows * job.left * self.models[job.request.model].pace for job in self.jobs)
 
     def close(self, seconds: float = 10.0) -> None:
         """Refuse what comes now, finish what is there within ``seconds``, cancel the rest, and end the thread."""
@@ -219,7 +301,7 @@ class Engine:
         self._thread.join(seconds)
         if self._thread.is_alive():
             with self._changed:
-                for job in [*self.waiting, *self.running]:
+                for job in self.jobs:
                     job.cancel()
                 self._changed.notify()
             self._thread.join()
@@ -233,59 +315,63 @@ class Engine:
     # --- the engine's thread ------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        while True:
-            with self._changed:
-                while not (self.waiting or self.running or self.closing):
-                    self._changed.wait()
-                if self.closing and not (self.waiting or self.running):
-                    return
-                joining = self._admit()
-            for job in joining:
-                self._begin(job)
-            for job in [*self.running]:
-                if job.cancelled:
-                    self._end(job, CancelledError())
-                elif job.overdue:
-                    self._end(job, Late(f"not finished within {job.request.seconds:g} seconds"))
-            batch = self._batch()
-            if batch:
-                self._call(batch)
+        """Turns until the engine is closed. One that fails in a way that nobody foresaw ends all jobs, so that nobody
+        waits for ever, and the next begins anew; without its device the engine ends."""
+        going = True
+        while going:
+            try:
+                going = self._turn()
+            except BaseException as error:
+                going = isinstance(error, Exception) and not isinstance(error, torch.AcceleratorError)
+                with self._changed:
+                    self.closing |= not going
+                for job in [*self.jobs]:
+                    self._end(job, error)
 
-    def _admit(self) -> list[Job]:
-        """Take from the queue, oldest first, what fits beside those that run; and what need not be served any more."""
-        joining: list[Job] = []
-        used = sum(job.rows for job in self.running)
-        while self.waiting:
-            job = self.waiting[0]
-            gone = job.cancelled or job.overdue
-            if not gone and self.running + joining and used + job.rows > self.rows[job.request.model]:
-                break
-            joining.append(self.waiting.popleft())
-            used += 0 if gone else job.rows
-        self.running.extend(joining)
-        return joining
+    def _turn(self) -> bool:
+        """One network call and what follows from it; False when there is nothing to do any more."""
+        with self._changed:
+            while not (self.jobs or self.closing):
+                self._changed.wait()
+            if not self.jobs:
+                return False
+            jobs = sorted(self.jobs, key=lambda job: job.due)
+        for job in jobs:
+            if job.cancelled:
+                self._end(job, CancelledError())
+            elif job.overdue:
+                self._end(job, Late(f"not finished within {job.request.seconds:g} seconds"))
+        batch = self._batch([job for job in jobs if not job.future.done()])
+        self._served = {job.number for job in batch}
+        for job in batch:
+            if job.steps is None:
+                self._begin(job)
+        self._call([job for job in batch if job.question is not None])
+        return True
+
+    def _batch(self, jobs: Sequence[Job]) -> list[Job]:
+        """The jobs of the next call: the first, and all of the others that fit in beside it."""
+        chosen: list[Job] = []
+        rows = 0
+        for job in jobs:
+            model = job.request.model
+            if not chosen or (model == chosen[0].request.model and rows + job.rows <= self.models[model].rows):
+                chosen.append(job)
+                rows += job.rows
+        return chosen
 
     def _begin(self, job: Job) -> None:
         request = job.request
-        pipeline = self.models[request.model]
-        if job.cancelled or job.overdue:  # never computed; _serve says so
-            return
+        pipeline = self.models[request.model].pipeline
         try:
-            begun = pipeline.begin(
-                request.samples,
-                seed=request.seed,
-                classes=request.classes,
-                sampling=request.sampling,
-                image=request.image,
-                strength=request.strength,
-            )
+            begun = self._start(request)
             job.cond = begun.cond
             job.against = pipeline.denoiser.null(len(request.samples))
             if request.against is not None:
                 job.against = pipeline.conditions(request.samples, [request.against])
             if request.keep is not None and request.image is not None:
-                known = request.image.to(begun.x).expand_as(begun.x)
-                job.wrap = lambda denoise: keep_known(denoise, known, request.keep)  # pyrefly: ignore
+                known, keep = request.image.to(begun.x).expand_as(begun.x), request.keep.to(begun.x.device)
+                job.wrap = lambda denoise: keep_known(denoise, known, keep)
             job.steps = walk(begun.x, begun.levels, request.sampling.solver, begun.noise, request.watch)
         except Exception as error:
             self._end(job, error)
@@ -295,7 +381,10 @@ class Engine:
     def _send(self, job: Job, estimate: Estimate | None) -> None:
         """Let a job go on to its next question, or to its end."""
         assert job.steps is not None
+        question, job.question = job.question, None
         try:
+            if estimate is not None and question is not None and job.wrap is not None:
+                estimate = job.wrap(_said(estimate))(question.x, question.level)
             x, level = job.steps.send(estimate)  # pyrefly: ignore  (the first is None)
             job.question = Question(x, level, job.cond, job.against, job.request.sampling)
         except StopIteration as stop:
@@ -308,7 +397,8 @@ class Engine:
 
     def _end(self, job: Job, result: Tensor | BaseException) -> None:
         with self._changed:
-            self.running.remove(job)
+            self.jobs.remove(job)
+            job.question = None
             counters = self.counters
             match result:
                 case Tensor():
@@ -324,34 +414,26 @@ class Engine:
         else:
             job.future.set_exception(result)
 
-    def _batch(self) -> list[Job]:
-        """The jobs of the next call: those that have waited longest, and all that may be asked together with them."""
-        ready = sorted((job for job in self.running if job.question is not None), key=lambda job: job.served)
-        chosen: list[Job] = []
-        rows = 0
-        for job in ready:
-            if chosen and job.request.model != chosen[0].request.model:
-                continue
-            if chosen and rows + job.rows > self.rows[job.request.model]:
-                continue
-            chosen.append(job)
-            rows += job.rows
-        return chosen
-
     def _call(self, batch: Sequence[Job]) -> None:
         """One network call for the questions of ``batch``. If it fails, each is asked alone, so that one bad request
         fails by itself."""
-        model = batch[0].request.model
-        pipeline = self.models[model]
+        if not batch:
+            return
+        loaded = self.models[batch[0].request.model]
+        pipeline = loaded.pipeline
         questions = [job.question for job in batch if job.question is not None]
         rows = sum(len(question.x) * len(question.parts()) for question in questions)
         begun = time.monotonic()
         try:
             with torch.no_grad():
-                estimates = answer_together(pipeline.denoiser, questions, self.rows[model] if self.exact else None)
+                estimates = answer_together(pipeline.denoiser, questions, loaded.rows if self.exact else None)
             if pipeline.device.type == "cuda":
                 torch.cuda.synchronize(pipeline.device)
+        except torch.AcceleratorError:
+            raise
         except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) and not self.exact:
+                loaded.rows = max(2, loaded.rows // 2)  # others have taken memory since the probe
             if len(batch) == 1:
                 self._end(batch[0], error)
             else:
@@ -360,15 +442,13 @@ class Engine:
             return
         seconds = time.monotonic() - begun
         counters = self.counters
-        number = counters.calls = counters.calls + 1
+        counters.calls += 1
         counters.rows += rows
         counters.seconds += seconds
         counters.by_rows[rows] = counters.by_rows.get(rows, 0) + 1
-        self.pace += 0.1 * (seconds / max(1, rows) - self.pace)
-        for job, question, estimate in zip(batch, questions, estimates, strict=True):
-            job.served, job.question = number, None
-            if job.wrap is not None:
-                estimate = job.wrap(_said(estimate))(question.x, question.level)
+        loaded.took(rows, seconds)
+        for job, estimate in zip(batch, estimates, strict=True):
+            job.left = max(0, job.left - 1)
             self._send(job, estimate)
 
 
@@ -382,11 +462,14 @@ def _said(estimate: Estimate) -> Denoise:
 
 
 @torch.no_grad()
-def probe(pipeline: Pipeline, most: int | None = None, slack: float = 1.05, repeats: int = 3) -> int:
-    """How many rows of a network call pay: the fewest (a power of two, 2 to ``most``) whose time a row is within
-    ``slack`` of the best, of those that fit into memory. A second or two."""
+def probe(
+    pipeline: Pipeline, rows: int | None = None, most: int | None = None, slack: float = 1.05, repeats: int = 3
+) -> tuple[int, float]:
+    """How many rows of a network call pay, and the seconds that one then takes: the fewest (a power of two, 2 to
+    ``most``) whose time a row is within ``slack`` of the best, of those that fit into memory. A second or two. With
+    ``rows`` only the time of so many is taken."""
     limit = most or MOST_ROWS.get(pipeline.device.type, 32)
-    denoiser, level = pipeline.denoiser, pipeline.config.schedule(0.5)
+    denoiser, level = pipeline.denoiser.eval(), pipeline.config.schedule(0.5)
 
     def seconds(rows: int) -> float:
         x = torch.zeros(rows, *pipeline.spec.shape, device=pipeline.device)
@@ -399,13 +482,18 @@ def probe(pipeline: Pipeline, most: int | None = None, slack: float = 1.05, repe
             times.append(time.perf_counter() - begun)
         return min(times)  # others on this machine only ever make it slower
 
-    each, rows = {}, 2
-    seconds(rows)
-    while rows <= limit:
+    if rows is not None:
+        return rows, seconds(rows) / rows
+    each, tried = {}, 2
+    seconds(tried)
+    while tried <= limit:
         try:
-            each[rows] = seconds(rows) / rows
+            each[tried] = seconds(tried) / tried
         except torch.OutOfMemoryError:
+            del each[max(each)]  # leave room: what just fits today may not when another model is beside it
             break
-        rows *= 2
+        tried *= 2
+    if pipeline.device.type == "cuda":
+        torch.cuda.empty_cache()
     best = min(each.values(), default=0.0)
-    return next((rows for rows, cost in each.items() if cost <= slack * best), 2)
+    return next(((rows, cost) for rows, cost in each.items() if cost <= slack * best), (2, 1.0))

@@ -2,7 +2,7 @@
 
     GET  /v1/models   POST /v1/images/generations   POST /v1/images/edits     as OpenAI's client sends them
     POST /models/NAME                                    as Hugging Face's InferenceClient sends text-to-image
-    POST /v1/samples                                     arrays (.npy)
+    POST /v1/samples                                     arrays (.npy), sounds (.wav)
     GET  /v2/health/live   /v2/health/ready   /metrics   /openapi.json
 
 The event loop only reads and writes; all that computes is on the engine's thread. No request names a file or an
@@ -12,27 +12,37 @@ address, so none can be read or called.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
+import logging
 import math
+import secrets
+import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
-from urllib.parse import urlsplit
 
+import h11
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .. import __version__
+from ..editing import below
 from ..errors import UndiffuseError
 from ..pipeline import Pipeline
 from ..sampling import Frame
@@ -40,74 +50,109 @@ from . import api
 from .api import Limits, Refused
 from .engine import Busy, Engine, Job, Late
 from .engine import Request as Asked
+from .shelf import Shelf, Unloadable
 
 GRACE = 10.0
+LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 class Service:
-    """The engine and what is known of it while it loads.
+    """The engine, its models, and what may be asked of them.
 
-    ``load`` runs on a thread of its own, so that the server answers (503) from its first moment.
+    Args:
+        engine: without models; they are loaded into it.
+        sources: what loads each model, by name.
+        most_loaded: how many may be loaded at a time; None: all.
+
+    Until the first models are loaded, requests are answered 503; later, one for a model that is not loaded waits for
+    it. ``ended`` is called when the first models cannot be loaded, or when the engine has ended by itself: a server
+    that cannot serve should not go on.
     """
 
-    def __init__(self, load: Callable[[], Engine], limits: Limits = Limits()) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        sources: Mapping[str, Callable[[], Pipeline]],
+        limits: Limits = Limits(),
+        most_loaded: int | None = None,
+    ) -> None:
+        self.engine = engine
         self.limits = limits
-        self.engine: Engine | None = None
         self.trouble: str | None = None
         self.draining = False
+        self.loaded = threading.Event()
+        self.received = 0
         self.answers: Counter[int] = Counter()
         self.born = int(time.time())
-        self._thread = threading.Thread(target=self._load, args=(load,), name="undiffuse-load", daemon=True)
-        self._thread.start()
+        self.shelf = Shelf(engine, sources, most_loaded)
+        self.ended: Callable[[], object] = lambda: None
 
-    def _load(self, load: Callable[[], Engine]) -> None:
-        try:
-            self.engine = load()
-        except Exception as error:
-            self.trouble = str(error)
+    def start(self) -> None:
+        """Begin to load, on threads of its own."""
+        threading.Thread(target=self._watch, args=(self.shelf.fill(),), daemon=True).start()
+
+    def _watch(self, first: Sequence[Future[Pipeline]]) -> None:
+        for each in first:
+            if error := each.exception():
+                self.trouble = str(error.__cause__)
+                self.ended()
+                return
+        self.loaded.set()
+        self.engine.join()
+        if not self.draining:
+            self.trouble = "the engine has ended: its device was lost"
+            self.ended()
+
+    def drain(self) -> None:
+        """Take no more requests; those that are here have ``GRACE`` seconds."""
+        self.draining = True
+        threading.Thread(target=self.engine.close, args=(GRACE,), daemon=True).start()
 
     @property
     def ready(self) -> bool:
-        return self.engine is not None and not self.draining
+        return self.loaded.is_set() and not self.draining and self.engine.alive
 
-    def running(self) -> Engine:
-        """The engine, or the answer why there is none."""
+    def check(self) -> None:
+        """Raise the answer why nothing can be served now."""
         if self.draining:
             raise Refused(503, "the server is shutting down", code="draining")
-        if self.engine is None:
+        if not self.engine.alive:
+            raise Refused(503, "the engine has ended", code="broken")
+        if not self.loaded.is_set():
             message = "the model could not be loaded" if self.trouble else "the model is loading"
-            raise Refused(503, message, code="loading")
-        return self.engine
+            raise Refused(503, message, code="loading", wait=1)
 
-    def model(self, name: str | None) -> tuple[str, Pipeline]:
-        models = self.running().models
-        if name is None or name == "":
-            name = next(iter(models))
-        if name not in models:
-            raise Refused(404, f"there is no such model; there are {', '.join(models)}", "model", "model_not_found")
-        return name, models[name]
+    def name(self, name: str | None) -> str:
+        """Of a model that there is; the first, if none is named."""
+        self.check()
+        if name and name not in self.shelf.sources:
+            there = ", ".join(self.shelf.sources)
+            raise Refused(404, f"there is no such model; there are {there}", "model", "model_not_found")
+        return name or next(iter(self.shelf.sources))
+
+    @asynccontextmanager
+    async def model(self, name: str | None, left: float) -> AsyncIterator[tuple[str, Pipeline]]:
+        """The model of that name, waited for at most ``left`` seconds; it stays loaded within."""
+        name = self.name(name)
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(left):
+                    pipeline = await stack.enter_async_context(self.shelf.use(name))
+            except Unloadable as error:
+                raise Refused(503, str(error), "model", code="unloadable") from error
+            except TimeoutError:
+                raise Refused(504, "the model was not loaded in time", "model", code="timeout") from None
+            yield name, pipeline
 
     def submit(self, asked: Asked) -> list[Job]:
         """Queue a request, in parts that fit into a network call; all of it or nothing."""
-        engine = self.running()
-        each = Pipeline.rows(asked.sampling)
-        most = max(1, engine.rows[asked.model] // each)
-        jobs: list[Job] = []
         try:
-            for begin in range(0, len(asked.samples), most):
-                numbers = asked.samples[begin : begin + most]
-                classes = None if asked.classes is None else asked.classes[begin : begin + most]
-                part = replace(asked, samples=numbers, classes=classes)
-                jobs.append(engine.submit(part))
+            return self.engine.submit_parts(asked)
         except Busy as busy:
-            for job in jobs:
-                job.cancel()
-            refused = Refused(429, f"busy: {busy}", code="queue_full")
-            refused.headers = {"Retry-After": str(max(1, math.ceil(busy.seconds)))}
-            raise refused from None
+            self.check()
+            raise Refused(429, f"busy: {busy}", code="queue_full", wait=busy.seconds) from None
         except UndiffuseError as error:
             raise Refused(400, str(error), code="invalid_value") from None
-        return jobs
 
     def metrics(self) -> str:
         """Prometheus text."""
@@ -119,18 +164,19 @@ class Service:
 
         answers = sorted(self.answers.items())
         metric("responses_total", "counter", "HTTP answers by status", *((f'{{status="{s}"}}', n) for s, n in answers))
-        engine = self.engine
-        if engine is not None:
-            c = engine.counters
-            ends = ("finished", "failed", "cancelled", "late", "rejected")
-            metric("jobs_received_total", "counter", "jobs given to the engine", ("", c.received))
-            counts = [(f'{{end="{end}"}}', getattr(c, end)) for end in ends]
-            metric("jobs_total", "counter", "jobs by how they ended", *counts)
-            metric("jobs_waiting", "gauge", "jobs in the queue", ("", len(engine.waiting)))
-            metric("jobs_running", "gauge", "jobs that take part in network calls", ("", len(engine.running)))
-            metric("network_calls_total", "counter", "network calls", ("", c.calls))
-            metric("network_rows_total", "counter", "rows of network calls: their mean is the batch size", ("", c.rows))
-            metric("network_seconds_total", "counter", "seconds inside network calls", ("", c.seconds))
+        metric("requests_total", "counter", "HTTP requests, answered or not yet", ("", self.received))
+        metric("models_loaded", "gauge", "models in memory", ("", len(self.shelf.known)))
+        c, jobs = self.engine.counters, [*self.engine.jobs]
+        ends = ("finished", "failed", "cancelled", "late")
+        metric("jobs_received_total", "counter", "jobs (parts of requests) given to the engine", ("", c.received))
+        counts = [(f'{{end="{end}"}}', getattr(c, end)) for end in ends]
+        metric("jobs_total", "counter", "jobs by how they ended", *counts)
+        metric("rejected_total", "counter", "requests that found the queue full", ("", c.rejected))
+        metric("jobs_waiting", "gauge", "jobs not begun", ("", sum(job.steps is None for job in jobs)))
+        metric("jobs_running", "gauge", "jobs begun", ("", sum(job.steps is not None for job in jobs)))
+        metric("network_calls_total", "counter", "network calls", ("", c.calls))
+        metric("network_rows_total", "counter", "rows of network calls: their mean is the batch size", ("", c.rows))
+        metric("network_seconds_total", "counter", "seconds inside network calls", ("", c.seconds))
         return "\n".join(lines) + "\n"
 
 
@@ -154,6 +200,11 @@ class Door:
         headers: dict[str, list[str]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+        if scope["http_version"] not in ("1.0", "1.1"):
+            return Refused(400, "this server speaks HTTP/1.1", code="bad_version")
+        if "content-length" in headers and "transfer-encoding" in headers:
+            # Two servers in a row could disagree on where such a request ends.
+            return Refused(400, "Content-Length and Transfer-Encoding exclude each other", code="bad_framing")
         host = headers.get("host", [])
         if len(host) != 1:
             return Refused(400, "exactly one Host header is needed", code="bad_host")
@@ -161,7 +212,7 @@ class Door:
             # A page of another site can point its own name at this machine; it cannot forge the Host header.
             return Refused(403, "this server does not go by that name", code="bad_host")
         for origin in headers.get("origin", []):
-            if self.hosts and (urlsplit(origin).scheme != "http" or urlsplit(origin).netloc.lower() not in self.hosts):
+            if self.hosts and origin.lower() not in {f"http://{name}" for name in self.hosts}:
                 return Refused(403, "requests of other sites' pages are refused", code="bad_origin")
         for site in headers.get("sec-fetch-site", []):
             if site not in ("same-origin", "none"):
@@ -183,50 +234,77 @@ class Guard:
         self.app, self.service, self.door = app, service, door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
-            else:
-                await send({"type": "websocket.close", "code": 1008})
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
             return
-        limits, arrived, begun = self.service.limits, 0, time.monotonic()
+        service, limits = self.service, self.service.limits
+        service.received += 1
+        scope["begun"] = begun = time.monotonic()
+        arrived, complete, status = 0, False, 499  # unless it is answered, the client has left
 
         async def counted() -> Message:
-            nonlocal arrived
-            left = limits.upload_seconds - (time.monotonic() - begun)
-            waiting_for_body = arrived >= 0
+            nonlocal arrived, complete
+            if complete:  # what comes now is the client leaving
+                return await receive()
             try:
-                message = await (asyncio.wait_for(receive(), max(0.01, left)) if waiting_for_body else receive())
+                async with asyncio.timeout(limits.upload_seconds - (time.monotonic() - begun)):
+                    message = await receive()
             except TimeoutError:
                 raise Refused(408, "the body did not arrive in time", code="timeout") from None
-            if message["type"] == "http.request" and arrived >= 0:
-                arrived += len(message.get("body", b""))
-                if arrived > limits.body:
-                    raise Refused(413, f"the body is larger than {limits.body:,} bytes", code="too_large")
-                if not message.get("more_body"):
-                    arrived = -1  # all of it is here; what comes now is the client leaving
+            arrived += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if arrived > most:
+                raise too_large
             return message
 
+        async def drain() -> None:
+            """A client that is still sending would see a broken connection and not the answer: let it finish, within
+            bounds."""
+            nonlocal arrived, complete
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(3):
+                    while not complete and arrived < 2 * limits.body:
+                        message = await receive()
+                        arrived += len(message.get("body", b""))
+                        complete = not message.get("more_body", False)
+
         async def noted(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                self.service.answers[message["status"]] += 1
+                status = message["status"]
+                if status != 408:
+                    await drain()
                 message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
+                if refused is not None or not complete:  # what follows on this connection is not to be trusted
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
+        headers = dict(scope["headers"])
+        kind = media_type(headers.get(b"content-type", b"").decode("latin-1"))
+        most = limits.json if kind == "application/json" else limits.body
+        too_large = Refused(413, f"the body is larger than {most:,} bytes", code="too_large")
+        length = headers.get(b"content-length", b"0")
         refused = self.door.refuse(scope)
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if refused is None and length.isdigit() and int(length) > limits.body:
-            refused = Refused(413, f"the body is larger than {limits.body:,} bytes", code="too_large")
-        if refused is not None:
-            # A client that is still sending would see a broken connection and not the answer: let it finish, within
-            # bounds.
-            message: Message = {"more_body": True}
-            while message.get("more_body") and arrived < 2 * limits.body and time.monotonic() - begun < 5:
-                message = await receive()
-                arrived += len(message.get("body", b""))
-            await answer(refused)(scope, receive, noted)
-            return
-        await self.app(scope, counted, noted)
+        if refused is None and length.isdigit() and int(length) > most:
+            refused = too_large
+        complete = length == b"0" and b"transfer-encoding" not in headers
+        try:
+            await (self.app if refused is None else answer(refused))(scope, counted, noted)
+        except ClientDisconnect:
+            pass
+        except Exception:
+            number = secrets.token_hex(4)
+            logging.getLogger("uvicorn.error").exception("error %s, while answering %s", number, scope["path"])
+            if status == 499:
+                message = f"something went wrong inside; the server's log says what, at error {number}"
+                await answer(Refused(500, message, code="internal"))(scope, receive, noted)
+        finally:
+            service.answers[status] += 1
+
+
+def media_type(header: str) -> str:
+    """What a Content-Type says, without its parameters."""
+    return header.partition(";")[0].strip().lower()
 
 
 def names_of(host: str, port: int) -> frozenset[str]:
@@ -236,9 +314,11 @@ def names_of(host: str, port: int) -> frozenset[str]:
 
 
 def answer(refused: Refused) -> Response:
-    headers = dict(refused.headers)
+    headers = {}
     if refused.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if refused.wait is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(refused.wait)))
     return JSONResponse(refused.body, refused.status, headers)
 
 
@@ -250,7 +330,11 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": "an error that says what", "content": content} for status in (*statuses, 401, 403)}
 
 
-ERRORS = _errors(400, 404, 408, 413, 415, 429, 500, 503, 504)
+def _gives(*kinds: str) -> dict[str, Any]:
+    """What a route answers, for the schema."""
+    fine = {200: {"description": "what was asked for", "content": {kind: {} for kind in kinds}}}
+    errors = _errors(400, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+    return {"response_class": Response, "responses": {**fine, **errors}}
 
 
 # --- The routes -------------------------------------------------------------------------------------------------------
@@ -261,41 +345,47 @@ def create_app(service: Service, door: Door) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
         yield
         service.draining = True
-        if service.engine is not None:
-            await asyncio.to_thread(service.engine.close, GRACE)
+        await asyncio.to_thread(service.engine.close, GRACE)
 
-    app = FastAPI(title="undiffuse", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="undiffuse",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
     app.add_middleware(Guard, service=service, door=door)
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
         return answer(error)
 
-    @app.exception_handler(404)
-    async def missing(request: Request, error: Exception) -> Response:
-        return answer(Refused(404, "there is no such page", code="not_found"))
-
-    @app.exception_handler(405)
-    async def method(request: Request, error: Exception) -> Response:
-        response = answer(Refused(405, "this page does not take that method", code="method_not_allowed"))
-        response.headers.update(getattr(error, "headers", None) or {})
+    @app.exception_handler(HTTPException)
+    async def refused_by_others(request: Request, error: HTTPException) -> Response:
+        said = {
+            404: ("there is no such page", "not_found"),
+            405: ("this page does not take that method", "method_not_allowed"),
+        }
+        message, code = said.get(error.status_code, (error.detail, "invalid_form"))
+        response = answer(Refused(error.status_code, message, code=code))
+        response.headers.update(error.headers or {})
         return response
 
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> Response:
-        return answer(Refused(500, "something went wrong inside; the server's log says what", code="internal"))
-
-    @app.get("/v2/health/live")
+    @app.get("/v2/health/live", responses=_errors(503))
     async def live() -> dict[str, str]:
-        """The process answers."""
+        """The process answers and its engine works."""
+        if not (service.engine.alive or service.draining):
+            service.check()
         return {"status": "live"}
 
     @app.get("/v2/health/ready", responses=_errors(503))
     async def ready() -> dict[str, str]:
         """Models are loaded and requests are taken."""
-        service.running()
+        service.check()
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -306,63 +396,134 @@ def create_app(service: Service, door: Door) -> FastAPI:
     @app.get("/v1/models", responses=_errors(503))
     async def models() -> dict[str, Any]:
         """The models that can be asked."""
-        return {"object": "list", "data": [_model(service, name) for name in service.running().models]}
+        service.check()
+        return {"object": "list", "data": [_model(service, name) for name in service.shelf.sources]}
 
     @app.get("/v1/models/{name}", responses=_errors(404, 503))
     async def model(name: str) -> dict[str, Any]:
         """One of them."""
-        return _model(service, service.model(name)[0])
+        return _model(service, service.name(name))
 
-    @app.post("/v1/images/generations", **_takes(api.Generation), responses=ERRORS)
+    @app.post("/v1/images/generations", **_takes(api.Generation), **_gives("application/json", "text/event-stream"))
     async def generations(request: Request) -> Response:
         """Pictures from noise."""
         form = api.read_json(await _json(request), api.Generation)
-        name, pipeline = service.model(form.model)
-        return await _pictures(service, request, form, name, pipeline, "image_generation", None, None, 1.0)
+        async with service.model(form.model, _left(service, request)) as (name, pipeline):
+            return await _pictures(service, request, form, name, pipeline, "image_generation", None, None, 1.0)
 
-    @app.post("/v1/images/edits", **_uploads(api.Edit), responses=ERRORS)
+    @app.post("/v1/images/edits", **_uploads(api.Edit), **_gives("application/json", "text/event-stream"))
     async def edits(request: Request) -> Response:
         """Image-to-image, and inpainting with a mask."""
         fields, files = await _form(request)
         form = api.checked(api.Edit, fields, strict=False)
-        name, pipeline = service.model(form.model)
-        api.check_size(form, pipeline.spec)
-        if "image" not in files:
-            raise Refused(400, "image is missing", "image", "missing")
-        image = await asyncio.to_thread(api.read_picture, files["image"], pipeline.spec, service.limits)
-        keep = None
-        if "mask" in files:
-            keep = await asyncio.to_thread(api.read_mask, files["mask"], pipeline.spec, service.limits)
-        strength = form.strength if form.strength is not None else (0.6 if keep is None else 1.0)
-        return await _pictures(service, request, form, name, pipeline, "image_edit", image, keep, strength)
+        async with service.model(form.model, _left(service, request)) as (name, pipeline):
+            api.check_size(form, pipeline.spec)
+            if "image" not in files:
+                raise Refused(400, "image is missing", "image", "missing")
+            image = await asyncio.to_thread(api.read_picture, files["image"], pipeline.spec, service.limits)
+            keep = None
+            if "mask" in files:
+                keep = await asyncio.to_thread(api.read_mask, files["mask"], pipeline.spec, service.limits)
+            strength = form.strength if form.strength is not None else (0.6 if keep is None else 1.0)
+            return await _pictures(service, request, form, name, pipeline, "image_edit", image, keep, strength)
 
-    @app.post("/v1/samples", **_takes(api.Samples), responses=ERRORS)
+    @app.post("/v1/samples", **_takes(api.Samples), **_gives("application/octet-stream", "audio/wav"))
     async def samples(request: Request) -> Response:
-        """Samples in the data's own units, as a NumPy file."""
+        """Samples in the data's own units: a NumPy file, or sound."""
         form = api.read_json(await _json(request), api.Samples)
-        name, pipeline = service.model(form.model)
-        asked = _asked(service, form, form.prompt, name, pipeline, api.samples_of(form, service.limits))
-        x = await _results(service, request, service.submit(asked))
-        data = api.as_array(pipeline.spec, x)
-        return Response(data, media_type="application/octet-stream", headers={"X-Seed": str(asked.seed)})
+        async with service.model(form.model, _left(service, request)) as (name, pipeline):
+            kind = api.check_format(form, pipeline.spec)
+            count = api.samples_of(form, service.limits)
+            asked = _asked(service, request, form, form.prompt, name, pipeline, count)
+            x = await _results(service, request, service.submit(asked))
+            data, media = await asyncio.to_thread(api.as_file, pipeline.spec, x, kind)
+            return Response(data, media_type=media, headers={"X-Seed": str(asked.seed)})
 
-    @app.post("/models/{name}", **_takes(api.TextToImage), responses=ERRORS)
+    @app.post("/models/{name}", **_takes(api.TextToImage), **_gives("image/png"))
     async def text_to_image(name: str, request: Request) -> Response:
         """Hugging Face's form: one picture."""
         form = api.read_json(await _json(request), api.TextToImage)
         how = form.parameters or api.Parameters()
-        name, pipeline = service.model(name)
-        if how.scheduler is not None:
-            how = how.model_copy(update={"solver": how.scheduler})
-        height, width = pipeline.spec.shape[1:] if pipeline.spec.has_pictures else (0, 0)
-        size = f"{how.width or width}x{how.height or height}"
-        api.check_size(api.Generation(size=size), pipeline.spec)
-        asked = _asked(service, how, form.inputs, name, pipeline, 1)
-        x = await _results(service, request, service.submit(asked))
-        picture = pipeline.spec.to_images(x[0])[0]
-        return Response(api.encode(picture, "png", None), media_type="image/png", headers={"X-Seed": str(asked.seed)})
+        async with service.model(name, _left(service, request)) as (name, pipeline):
+            if how.scheduler is not None:
+                how = how.model_copy(update={"solver": how.scheduler})
+            height, width = pipeline.spec.shape[1:] if pipeline.spec.has_pictures else (0, 0)
+            size = f"{how.width or width}x{how.height or height}"
+            api.check_size(api.Generation(size=size), pipeline.spec)
+            asked = _asked(service, request, how, form.inputs, name, pipeline, 1)
+            x = await _results(service, request, service.submit(asked))
+            picture = pipeline.spec.to_images(x[0])[0]
+            data = api.encode(picture, "png", None)
+            return Response(data, media_type="image/png", headers={"X-Seed": str(asked.seed)})
 
     return app
+
+
+class Patient(H11Protocol):
+    """uvicorn's protocol, but a client that has begun a request has so many seconds to send its headers."""
+
+    seconds = 10.0
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._late = self.loop.call_later(self.seconds, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._forget()
+        elif self._late is None and not self.transport.is_closing():
+            self._late = self.loop.call_later(self.seconds, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget()
+        super().connection_lost(exc)
+
+    def _forget(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which tells the service when it is asked to end; asked twice, it ends at once."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit |= self.should_exit
+        self.service.drain()
+        super().handle_exit(sig, frame)
+
+
+def server_of(service: Service, host: str, port: int, key: str | None) -> tuple[Server, socket.socket]:
+    """A server with our bounds, and the socket on which it will listen: ``server.run(sockets=[socket])``. Raises
+    :class:`UndiffuseError` for a port that cannot be listened on."""
+    config = uvicorn.Config(
+        app=lambda scope: None,  # replaced below, when the port is known
+        host=host,
+        port=port,
+        http=Patient,
+        ws="none",
+        log_level="warning",
+        timeout_graceful_shutdown=round(GRACE) + 1,
+        timeout_keep_alive=10,
+        limit_concurrency=2000,
+        server_header=False,
+        h11_max_incomplete_event_size=65536,
+    )
+    try:
+        listening = config.bind_socket()
+    except SystemExit:
+        raise UndiffuseError(f"--port {port}: cannot be listened on; is something else there? Take another") from None
+    local = host in LOCAL
+    config.app = create_app(service, Door(names_of(host, listening.getsockname()[1]) if local else frozenset(), key))
+    server = Server(config, service)
+    service.ended = lambda: setattr(server, "should_exit", True)
+    return server, listening
 
 
 def _takes(form: type[BaseModel]) -> dict[str, Any]:
@@ -387,22 +548,22 @@ def _body(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
-    """OpenAI's four fields, and what a client needs to ask well."""
-    pipeline = service.model(name)[1]
+    """OpenAI's four fields, and of a model that is loaded what a client needs to ask well."""
+    common = {"id": name, "object": "model", "created": service.born, "owned_by": "undiffuse"}
+    pipeline = service.shelf.known.get(name)
+    if pipeline is None:
+        return {**common, "loaded": False}
     spec = pipeline.spec
     return {
-        "id": name,
-        "object": "model",
-        "created": service.born,
-        "owned_by": "undiffuse",
+        **common,
+        "loaded": True,
         "data": {"kind": spec.kind, "shape": list(spec.original_shape), "dtype": spec.dtype, "classes": spec.classes},
         "size": "x".join(map(str, reversed(spec.shape[1:]))) if spec.has_pictures else None,
     }
 
 
 async def _json(request: Request) -> bytes:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    if media_type(request.headers.get("content-type", "")) != "application/json":
         # A page of another site may send forms and text without asking first, but not this.
         raise Refused(415, "the Content-Type must be application/json", code="bad_content_type")
     return await request.body()
@@ -410,7 +571,7 @@ async def _json(request: Request) -> bytes:
 
 async def _form(request: Request) -> tuple[dict[str, str | list[str]], dict[str, bytes]]:
     """The fields and the files of a multipart body; each once."""
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+    if media_type(request.headers.get("content-type", "")) != "multipart/form-data":
         raise Refused(415, "the Content-Type must be multipart/form-data", code="bad_content_type")
     fields: dict[str, str | list[str]] = {}
     files: dict[str, bytes] = {}
@@ -430,13 +591,19 @@ async def _form(request: Request) -> tuple[dict[str, str | list[str]], dict[str,
                     raise Refused(400, f"{api.short(name)} is given twice", api.short(name), "duplicate_field")
                 else:
                     fields[name] = value
-    except (MultiPartException, UnicodeError) as error:
-        raise Refused(400, f"the form cannot be read: {error}", code="invalid_form") from None
+    except UnicodeError:
+        raise Refused(400, "the form holds text that is not Unicode", code="invalid_form") from None
     return fields, files
+
+
+def _left(service: Service, request: Request) -> float:
+    """Seconds until the request's deadline."""
+    return service.limits.seconds - (time.monotonic() - request.scope["begun"])
 
 
 def _asked(
     service: Service,
+    request: Request,
     form: api.How,
     prompt: str,
     name: str,
@@ -444,14 +611,15 @@ def _asked(
     count: int,
     **more: Any,
 ) -> Asked:
+    sampling = api.sampling_of(form, pipeline, service.limits)
     return Asked(
         name,
-        api.sampling_of(form, pipeline, service.limits),
+        sampling,
         samples=range(count),
         seed=api.seed_of(form),
         classes=api.classes_of(form, prompt, pipeline, count),
-        against=api.against_of(form, pipeline),
-        seconds=service.limits.seconds,
+        against=api.against_of(form, pipeline, sampling),
+        seconds=_left(service, request),
         **more,
     )
 
@@ -468,8 +636,8 @@ async def _results(service: Service, request: Request, jobs: Sequence[Job]) -> l
                 raise Refused(499, "the client has left", code="cancelled")
     except Late:
         raise Refused(504, f"not finished within {service.limits.seconds:g} seconds", code="timeout") from None
-    except UndiffuseError as error:
-        raise Refused(500, str(error), code="sampling_failed") from None
+    except UndiffuseError as error:  # not finite, with these settings
+        raise Refused(422, str(error), code="sampling_failed") from None
     except asyncio.CancelledError:
         if any(job.cancelled for job in jobs):
             raise Refused(503, "the server is shutting down", code="draining") from None
@@ -507,7 +675,7 @@ async def _pictures(
     if not form.stream:
         if form.partial_images:
             raise Refused(400, "partial_images needs stream=true", "partial_images", "invalid_value")
-        asked = _asked(service, form, form.prompt, name, pipeline, count, **more)
+        asked = _asked(service, request, form, form.prompt, name, pipeline, count, **more)
         parts = await _results(service, request, service.submit(asked))
         pictures = await asyncio.to_thread(lambda: [encoded(x[None]) for part in parts for x in part])
         if form.response_format == "url":
@@ -521,12 +689,19 @@ async def _pictures(
     if count != 1:
         raise Refused(400, "stream=true gives one picture: n must be 1", "n", "invalid_value")
     loop, frames = asyncio.get_running_loop(), asyncio.Queue[Frame]()
-    more["watch"] = lambda frame: loop.call_soon_threadsafe(frames.put_nowait, frame)
-    asked = _asked(service, form, form.prompt, name, pipeline, 1, **more)
-    (job,) = service.submit(asked)
-    last = asked.sampling.steps
+    sampling = api.sampling_of(form, pipeline, service.limits)
+    levels = sampling.grid.levels(pipeline.config.schedule, sampling.steps)
+    last = len(levels if strength == 1 else below(levels, strength)) - 1
     wanted = form.partial_images or 0
-    shown = {round((i + 1) * last / (wanted + 1)) for i in range(wanted)}
+    shown = {round((i + 1) * last / (wanted + 1)) for i in range(wanted)} - {0, last}
+
+    def watch(frame: Frame) -> None:
+        if frame.index in shown:
+            loop.call_soon_threadsafe(frames.put_nowait, frame)
+
+    more["watch"] = watch
+    asked = _asked(service, request, form, form.prompt, name, pipeline, 1, **more)
+    (job,) = service.submit(asked)
     common = {"background": "opaque", "quality": "auto", "output_format": output, "size": size}
 
     async def events() -> AsyncIterator[str]:
@@ -544,7 +719,7 @@ async def _pictures(
                     following.cancel()
                     continue
                 frame = following.result()
-                if frame.estimate is not None and frame.index in shown and frame.index < last + (strength < 1):
+                if frame.estimate is not None:
                     picture = await asyncio.to_thread(encoded, frame.estimate.x0.cpu())
                     yield event("partial_image", b64_json=picture, partial_image_index=number)
                     number += 1

@@ -1,0 +1,86 @@
+"""Shared by tests/serving: a server that really listens, with a tiny model behind it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from test_pipeline import pipeline
+from undiffuse.pipeline import Pipeline
+
+pytest.importorskip("uvicorn", reason="needs undiffuse[serve]")
+pytest.importorskip("fastapi", reason="needs undiffuse[serve]")
+
+from undiffuse.serving.engine import Engine
+from undiffuse.serving.server import Limits, Service, server_of
+
+ROWS = 8
+
+
+@dataclass
+class Running:
+    port: int
+    model: Pipeline
+    service: Service
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def ask(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any, bytes]:
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        sent = {**({"Content-Type": "application/json"} if data is not None else {}), **(headers or {})}
+        request = urllib.request.Request(self.url + path, data, sent)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.status, response.headers, response.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.headers, error.read()
+
+    def counts(self) -> dict[str, float]:
+        """What /metrics says."""
+        text = self.ask("/metrics")[2].decode()
+        rows = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, _, value in rows}
+
+
+@contextmanager
+def running(
+    key: str | None = None,
+    sources: dict[str, Callable[[], Pipeline]] | None = None,
+    most_loaded: int | None = None,
+    waiting: int = 64,
+    ready: bool = True,
+    **limits: Any,
+) -> Iterator[Running]:
+    model = pipeline()
+    engine = Engine(rows=ROWS, exact=True, waiting=waiting)
+    service = Service(engine, sources or {"tiny": lambda: model}, Limits(**limits), most_loaded)
+    server, listening = server_of(service, "127.0.0.1", 0, key)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    while not server.started or (ready and not service.ready):
+        time.sleep(0.01)
+    try:
+        yield Running(listening.getsockname()[1], model, service)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def until(true: Callable[[], object], seconds: float = 20.0) -> None:
+    """Wait for something that happens elsewhere."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "did not happen"
+        time.sleep(0.01)
