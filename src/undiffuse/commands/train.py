@@ -92,7 +92,7 @@ def train(
         labels: What the classes of files are: folder (the default, where there are folders), name (what stands before
             the first _ or - of a file's name), none, or an attribute in metadata.jsonl.
         length: Seconds to which sounds are cropped or filled with silence (default: what 95 % of them fit into).
-        frames: Makes clips of so many frames: each folder of pictures, or each animated picture, is one.
+        frames: Makes clips of so many frames: each video, animated picture or folder of pictures is one.
         channels: 1, 3 or 4 for images, 1 for mono; arrays: how many there are, where their shape does not tell.
         workers: Threads that read coming batches (default: what suits the data and the device); changes only the speed.
         strict: Refuse a folder with a file that cannot be read instead of skipping it.

@@ -5,7 +5,12 @@ device, and another in every epoch (trap R9). With the defaults nothing is drawn
 
 ``flip`` and ``shift`` make the model believe that mirrored and moved pictures are data too. ``geometric`` is the set of
 EDM (Karras et al. 2022, appendix F.2, table 6), which does not leak: the network is told what was done, as a condition
-of 9 numbers that are 0 when nothing was, and sampling asks for 0.
+of 9 numbers that are 0 when nothing was, and sampling asks for 0. Colours are left alone: the paper found changing them
+harmful (F.2).
+
+One number differs from the paper's. It tells an anisotropy of strength a5 along a4 as a5 (cos a4, sin a4), which is the
+same for (a5, a4) and (-a5, a4 + pi): stretched and squeezed look alike. The double angle is told instead; it is the
+logarithm of the matrix, so that equal numbers mean equal pictures.
 """
 
 from __future__ import annotations
@@ -124,7 +129,7 @@ def _geometric(x: Tensor, u: np.ndarray, n: np.ndarray, probability: float) -> t
     a4 = (2 * u[:, 6] - 1) * np.pi
     a5 = np.where(u[:, 7] < probability, n[:, 1], 0)
     a6, a7 = (np.where(u[:, 8] < probability, n[:, i], 0) for i in (2, 3))
-    labels = [a0, a1, a2, np.cos(a3) - 1, np.sin(a3), a5 * np.cos(a4), a5 * np.sin(a4), a6, a7]
+    labels = [a0, a1, a2, np.cos(a3) - 1, np.sin(a3), a5 * np.cos(2 * a4), a5 * np.sin(2 * a4), a6, a7]
     told = torch.from_numpy(np.stack(labels, 1)).float()
 
     x = _where(a0 > 0, x.flip(-1), x)  # exactly
@@ -143,7 +148,7 @@ def _geometric(x: Tensor, u: np.ndarray, n: np.ndarray, probability: float) -> t
     s, r = 2 ** (-0.2 * a2), 2 ** (-0.2 * a5)
     shift = _matrices([[1, 0, -a6 * width / 8], [0, 1, -a7 * height / 8], [0, 0, 1]], count)
     # From the place in the new picture to that in the old one, in pixels from the middle: all inverted, in this order.
-    old = scale(s, s) @ rotate(-a3) @ rotate(a4) @ scale(r, 1 / r) @ rotate(-a4) @ shift
+    old = scale(s, s) @ rotate(-a3) @ rotate(-a4) @ scale(r, 1 / r) @ rotate(a4) @ shift
     units = np.diag([width / 2, height / 2, 1.0])  # grid_sample counts from -1 to 1
     theta = (np.linalg.inv(units) @ old @ units)[moved, :2]
     part = x[moved]

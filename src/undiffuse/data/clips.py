@@ -1,4 +1,5 @@
-"""Clips: a folder of frames, or an animated GIF, APNG, WebP or TIFF stack, is one clip of so many consecutive frames.
+"""Clips: a video, a folder of frames, or an animated GIF, APNG, WebP or TIFF stack, is one clip of so many consecutive
+frames.
 
 The frames are those in the middle; a clip that has fewer is a bad file. Each frame is an image and gets its form by the
 rules for images. In a folder whose first picture has several frames, every picture is a clip of its own.
@@ -17,8 +18,9 @@ import numpy as np
 from PIL import Image
 
 from .folder import Form, Images, Reader, image_spec, image_target
-from .images import FORMATS, Channels, Decoded, Header, Size, Target, decode, foreign, read_header
+from .images import FORMATS, Channels, Decoded, Header, Size, Target, combined, decode, fit, foreign, read_header
 from .store import BadFile, File, Store
+from .video import CONTAINERS, middle_pictures, read_video
 
 
 @final
@@ -31,9 +33,9 @@ class Clips(Reader):
     channels: Channels = None
 
     noun = "clips"
-    formats = "folders of PNG, JPEG, ...; animated GIF, APNG, WebP, TIFF"
-    known = Images.known
-    unsupported = Images.unsupported | {"mp4", "mov", "avi", "mkv", "webm", "m4v"}
+    formats = "folders of PNG, JPEG, ...; animated GIF, APNG, WebP, TIFF; MP4, WebM, MOV, MKV, AVI"
+    known = Images.known | CONTAINERS.keys()
+    unsupported = Images.unsupported | {"flv", "wmv", "mpg", "mpeg", "ogv", "ts"}
 
     def group(self, store: Store, files: Sequence[File]) -> list[tuple[str, tuple[File, ...]]]:
         folders: dict[str, list[File]] = {}
@@ -41,10 +43,12 @@ class Clips(Reader):
             folders.setdefault(file.path.rpartition("/")[0], []).append(file)
         items: list[tuple[str, tuple[File, ...]]] = []
         for folder, inside in folders.items():
-            if self._moves(store, inside[0]):
-                items += [(file.path, (file,)) for file in inside]
-            else:
-                items.append((folder or ".", tuple(inside)))
+            videos = [file for file in inside if file.extension in CONTAINERS]
+            pictures = [file for file in inside if file.extension not in CONTAINERS]
+            alone = [*videos, *pictures] if pictures and self._moves(store, pictures[0]) else videos
+            items += [(file.path, (file,)) for file in alone]
+            if pictures and len(alone) < len(inside):
+                items.append((folder or ".", tuple(pictures)))
         return items
 
     def _moves(self, store: Store, file: File) -> bool:
@@ -54,6 +58,9 @@ class Clips(Reader):
             return False
 
     def header(self, store: Store, files: tuple[File, ...]) -> Header:
+        if files[0].extension in CONTAINERS:
+            with store.open(files[0]) as stream:
+                return read_video(stream, files[0].extension, self.frames)
         store.check(files[0])
         count = len(files) if len(files) > 1 else count_frames(store.read(files[0]))
         if count < self.frames:
@@ -70,6 +77,11 @@ class Clips(Reader):
         return Form(target, replace(spec, kind="video", shape=shape, layout=f"T{spec.layout}"), tuple(notes))
 
     def decode(self, store: Store, files: tuple[File, ...], target: Target) -> Decoded:
+        if files[0].extension in CONTAINERS:
+            with store.open(files[0]) as stream:
+                shown, notes = middle_pictures(stream, files[0].extension, self.frames)
+            pixels = np.stack([fit(combined(each, None, target.channels), target.size) for each in shown])
+            return Decoded(pixels, notes, blake2b(np.stack(shown).tobytes(), digest_size=16).digest())
         if len(files) == 1:
             data = store.read(files[0])
             pictures = middle_frames(data, self.frames)

@@ -19,6 +19,7 @@ from .images import MIN_SIDE, Channels, Size
 from .sounds import Sounds
 from .store import Folder, Store, Tar, Zip, printable
 from .tables import open_table
+from .video import CONTAINERS
 
 __all__ = ["DATASETS", "Dataset", "open_dataset"]
 
@@ -55,7 +56,7 @@ def open_dataset(
     ``labels``   what the classes of files are: "folder" (the default, where there are folders), "name" (what stands
         before the first _ or - of the file's name), "none", or an attribute in ``metadata.jsonl``
     ``length``   seconds, of sounds
-    ``frames``   makes clips of so many frames: each folder of pictures, or each animated picture, is one
+    ``frames``   makes clips of so many frames: each video, animated picture or folder of pictures is one
     ``strict``   refuse a folder at its first bad file instead of skipping it
     ``seed``   of the sets that are drawn (``moons``, ``swissroll``, ``checkerboard``), 0 to 2^32 - 1
     """
@@ -88,6 +89,8 @@ def _reader(store: Store, size: Size, channels: Channels, length: float | None, 
     """What most files of the store are: images, or sounds."""
     extensions = [file.extension for file, _ in store.listing]
     kinds = {kind: sum(each in kind.known | kind.unsupported for each in extensions) for kind in (Images, Sounds)}
+    if frames is None and not any(kinds.values()) and any(each in CONTAINERS for each in extensions):
+        raise UndiffuseError(f"{store.name}: has videos; say how many frames a clip has: frames=16 (--frames 16)")
     if kinds[Sounds] <= kinds[Images]:
         _refuse_unused(store.name, "images", length=length)
         if frames is not None:

@@ -105,7 +105,7 @@ def decode(data: bytes, target: Target) -> Decoded:
         notes += more
         if colour.dtype == np.uint16 and target.bits == 8:
             colour, alpha = _eight(colour), None if alpha is None else _eight(alpha)
-        pixels = _combine(colour, alpha, target.channels)
+        pixels = combined(colour, alpha, target.channels)
         if _frames(image):
             notes += ("several frames, the first is read",)
         if depth == 16 and header.bits == 8:
@@ -181,14 +181,19 @@ def foreign() -> Generator[None, None, None]:
         raise BadFile(f"damaged: {' '.join(str(error).split())[:100] or type(error).__name__}") from error
 
 
-def _header(image: Image.Image, head: bytes) -> Header:
-    width, height = image.size
+def check_size(width: int, height: int) -> None:
+    """Raises :class:`BadFile` for pictures that are too large, too small or too long."""
     if width * height > MAX_PIXELS:
         raise BadFile(f"{width}x{height}: more than {MAX_PIXELS / 1e6:.0f} million pixels")
     if min(width, height) < MIN_SIDE:
         raise BadFile(f"{width}x{height}: a side is shorter than {MIN_SIDE} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadFile(f"{width}x{height}: one side is more than {MAX_ASPECT} times the other")
+
+
+def _header(image: Image.Image, head: bytes) -> Header:
+    width, height = image.size
+    check_size(width, height)
     if image.mode in ("I", "F"):
         what = "32-bit integer" if image.mode == "I" else "real-valued"
         raise BadFile(f"{what} pixels do not say their range: save 8- or 16-bit, or an .npy array")
@@ -352,7 +357,7 @@ def _keyed(matches: np.ndarray, dtype: type = np.uint8) -> np.ndarray:
     return np.where(matches.all(axis=-1), 0, np.iinfo(dtype).max).astype(dtype)
 
 
-def _combine(colour: np.ndarray, alpha: np.ndarray | None, channels: int) -> np.ndarray:
+def combined(colour: np.ndarray, alpha: np.ndarray | None, channels: int) -> np.ndarray:
     """``[H, W]`` for one channel, else ``[H, W, channels]``. Four keep the alpha, else it is composited on white."""
     dtype, opaque = colour.dtype, np.uint32(np.iinfo(colour.dtype).max)
     if alpha is not None and channels != 4:
