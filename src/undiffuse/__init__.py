@@ -194,10 +194,20 @@ if TYPE_CHECKING:
     from .evaluation.result import comparable as comparable
     from .evaluation.result import read_evaluation as read_evaluation
 
+    # experiments
+    from .evaluation.paired import Difference as Difference
+    from .evaluation.paired import difference as difference
+    from .evaluation.compare import Arm as Arm
+    from .evaluation.compare import Compared as Compared
+    from .evaluation.compare import arms_of as arms_of
+    from .evaluation.compare import run_comparison as run_comparison
+    from .evaluation.experiments import EXPERIMENTS as EXPERIMENTS
+
     # the verbs of the command line
     from .commands.demo import demo as demo
     from .commands.train import train as train
     from .commands.doctor import doctor as doctor
+    from .commands.compare import compare as compare
     from .commands.sample import sample as sample
     from .commands.evaluate import evaluate as evaluate
     from .commands.ls import ls as ls

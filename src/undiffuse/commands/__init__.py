@@ -34,6 +34,7 @@ VERBS = {
     "demo": "train on real handwritten digits and sample from the model",
     "train": "train a model on your own data",
     "doctor": "look at data and a plan before training, or at a run",
+    "compare": "vary one thing, hold the rest constant, and judge the difference",
     "sample": "sample from a saved model",
     "evaluate": "measure samples against data: every number with its floor",
     "studio": "see a model at work: a page in the browser",

@@ -143,7 +143,7 @@ def train(
     words += [name for name, given in flags.items() if given]
     words += [word for setting in set for word in ("--set", setting)]
     folder = Path(out) if out is not None else Path("runs") / (Path(data).stem if Path(data).exists() else data)
-    with joined(device) as (team, _), _screen() as (say, progress):
+    with joined(device) as (team, _), screen() as (say, progress):
         with team.agree():
             dataset, chosen = prepare(
                 data,
@@ -238,7 +238,7 @@ def report(result: Trained) -> str:
 
 
 @contextmanager
-def _screen() -> Iterator[tuple[Callable[[str], None], Callable[[Progress], None]]]:
+def screen() -> Iterator[tuple[Callable[[str], None], Callable[[Progress], None]]]:
     """How lines and progress appear: a bar on a terminal, else a plain line every ten seconds."""
     if sys.stderr.isatty():
         from tqdm import tqdm
