@@ -102,11 +102,15 @@ class Probe:
         measure: ``pipeline -> {name: value}``, called at every evaluation with the averaged weights. It must not
             change the pipeline; an :class:`UndiffuseError` is a warning and leaves a gap.
         floor: what real data score against other real data, by name; drawn as lines.
+        every: in updates; 0 for every evaluation.
+        best: the number whose lowest value so far decides what is kept in ``best_quality/``; "" for none.
     """
 
     name: str
     measure: Callable[[Pipeline], Mapping[str, float]]
     floor: Mapping[str, float] = field(default_factory=dict)
+    every: int = 0
+    best: str = ""
 
 
 @final
@@ -253,6 +257,12 @@ class Curve:
             curve._append(Evaluation(**cast(dict[str, Any], {**row, **bands})))
         curve.kept = [(images, torch.tensor(losses, dtype=torch.float32)) for images, losses in stated["kept"]]
         return curve
+
+    def improved(self, probe: Probe) -> bool:
+        """Whether the last point is the best that the probe has seen in this run, before a resume or after (R4)."""
+        found = [row.probes.get(probe.name, {}).get(probe.best) for row in self.rows]
+        *before, last = found or [None]
+        return last is not None and all(value is None or last < value for value in before)
 
     def _append(self, row: Evaluation) -> bool:
         self.rows.append(row)

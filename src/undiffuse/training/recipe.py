@@ -157,6 +157,9 @@ class Training:
         held_out: at most so many items, and at most a tenth, are not trained on and measured instead; 0 for none.
         log_every, preview_every, checkpoint_every, evaluate_every: in updates; 0 for never (there is always a
             checkpoint at the end).
+        quality_every: in updates; the quality of samples is measured (:mod:`undiffuse.evaluation.quality`) and the
+            averaged weights with the best are kept in ``best_quality/``. 0 for never.
+        quality_samples: how many, at most half of the data.
         keep: how many of the newest checkpoints are kept.
         milestone_every: in updates; these checkpoints are never removed. 0 for none.
         previews: samples in a preview picture.
@@ -176,6 +179,8 @@ class Training:
     preview_every: int = 1000
     checkpoint_every: int = 1000
     evaluate_every: int = 500
+    quality_every: int = 0
+    quality_samples: int = 500
     keep: int = 2
     milestone_every: int = 0
     previews: int = 64
@@ -187,8 +192,16 @@ class Training:
         check(not 0 <= self.skip_share <= 1, f"skip_share={self.skip_share} must be in [0, 1]")
         for name in ("images", "batch_size", "accumulation", "log_every", "keep", "previews", "skip_in_row"):
             check(getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("preview_every", "checkpoint_every", "evaluate_every", "milestone_every", "held_out"):
+        for name in (
+            "preview_every",
+            "checkpoint_every",
+            "evaluate_every",
+            "milestone_every",
+            "held_out",
+            "quality_every",
+        ):
             check(getattr(self, name) < 0, f"{name}={getattr(self, name)} must be at least 0")
+        check(self.quality_samples < 2, f"quality_samples={self.quality_samples} must be at least 2")
         check(self.batch_size > 1_000_000, f"batch_size={self.batch_size} must be at most 1,000,000")
         check(
             self.accumulation > self.batch_size,

@@ -170,8 +170,9 @@ def charts(
         found.append(Chart("Held-out loss by noise level", bands, SEEN, settle=0.05, note=note))
     floors = {probe.name: probe.floor for probe in probes}
     for probe in dict.fromkeys(name for point in points for name in point.probes):
-        names = dict.fromkeys(name for point in points for name in point.probes.get(probe, {}))
-        each = [Line(name, at, [point.probes.get(probe, {}).get(name) for point in points]) for name in names]
+        probed = [point for point in points if probe in point.probes]
+        names, when = dict.fromkeys(n for point in probed for n in point.probes[probe]), [p.images for p in probed]
+        each = [Line(name, when, [point.probes[probe].get(name) for point in probed]) for name in names]
         floor = {f"real against real: {name}": value for name, value in floors.get(probe, {}).items()}
         found.append(Chart(probe, each, SEEN, floors=floor))
     found += [

@@ -5,6 +5,7 @@
     held_out.jsonl  report.html             loss on what is not trained on; all of it as one page
     samples/  checkpoints/  model/  best/   previews from fixed noise; the state; the averaged weights as a pipeline,
                                             and those with the lowest held-out loss
+    best_quality/                           those with the best samples, where that is measured
     nan/                                    what is known of an update that was not finite (forensics)
 
 Calling :func:`run_training` again with the same arguments continues it.
@@ -65,6 +66,7 @@ MOST_FAILURES = 3
 FREE = (
     *(f"recipe.training.{name}" for name in ("log_every", "preview_every", "checkpoint_every", "milestone_every")),
     *("recipe.training.keep", "recipe.training.previews", "recipe.training.shard", "recipe.sampling"),
+    "recipe.training.quality",
 )
 """Settings that decide nothing of what is trained: they may be other ones when a run is continued."""
 
@@ -170,6 +172,15 @@ def run_training(
                     f"{dataset.name}: convergence is judged on held-out items, and there are none: it needs 100 items, "
                     "training.held_out of 10 or more and training.evaluate_every"
                 )
+            if recipe.training.quality_every and held_out is None:
+                raise UndiffuseError(
+                    f"{dataset.name}: training.quality_every needs 100 items, training.held_out of 10 or more and "
+                    "training.evaluate_every: quality is measured with the held-out loss"
+                )
+            if recipe.training.quality_every and team.first:
+                from ..evaluation.quality import quality_probe  # which is built on this package
+
+                probes = (*probes, quality_probe(dataset, recipe.training, device))
 
         def build() -> Trainer:
             plan = Plan(None) if minutes is not None or recipe.training.until_converged else None
@@ -348,10 +359,13 @@ class _Run:
                         self._record(update.lr, float(update.norm))
                         logged, logged_step = now, update.step
                     now = time.monotonic()
-                    due = training.evaluate_every and update.step % training.evaluate_every == 0
+                    due = any(
+                        every and update.step % every == 0
+                        for every in (training.evaluate_every, training.quality_every)
+                    )
                     if self.held_out is not None and (due or last):
                         trainer.check()
-                        self._evaluate(self.held_out)
+                        self._evaluate(self.held_out, last)
                     if training.until_converged and trainer.plan.images is None:
                         self._cool_down()
                     due = training.preview_every and update.step % training.preview_every == 0
@@ -503,14 +517,19 @@ class _Run:
             return "nothing: all items are trained on, so there is no held-out loss and no best/"
         return self.held_out.describe(self.whole)
 
-    def _evaluate(self, held_out: HeldOut) -> None:
-        """One point of the held-out curve; the averaged weights as ``best/`` if they are."""
+    def _evaluate(self, held_out: HeldOut, last: bool) -> None:
+        """One point of the held-out curve; the averaged weights as ``best/`` and ``best_quality/`` if they are."""
         row, losses = held_out.evaluate(self.trainer, self.curve)
-        if self.probes:
-            row = replace(row, probes=probe(self.probes, self.trainer.pipeline()))
+        probes = [each for each in self.probes if not each.every or row.step % each.every == 0 or last]
+        if probes:
+            row = replace(row, probes=probe(probes, self.trainer.pipeline()))
         if self.curve.add(row, losses):
             with _tolerant(f"{self.out / 'best'} could not be written"):
                 self.trainer.pipeline({"held_out_loss": row.ema}).save(self.out / "best")
+        for each in probes:
+            if each.best and self.curve.improved(each):
+                with _tolerant(f"{self.out / 'best_quality'} could not be written"):
+                    self.trainer.pipeline({each.name: row.probes[each.name]}).save(self.out / "best_quality")
         self.evaluations.append(json.dumps(asdict(row), allow_nan=False))
         if self.tracker is not None:
             self.tracker.evaluation(row)
