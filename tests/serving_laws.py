@@ -66,12 +66,13 @@ def running(
     engine = Engine(rows=ROWS, exact=True, waiting=waiting)
     service = Service(engine, sources or {"tiny": lambda: model}, Limits(**limits), most_loaded)
     server, listening = server_of(service, "127.0.0.1", 0, key)
+    port = listening.getsockname()[1]
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
-    while not server.started or (ready and not service.ready):
+    while thread.is_alive() and (not server.started or (ready and not service.ready)):
         time.sleep(0.01)
     try:
-        yield Running(listening.getsockname()[1], model, service)
+        yield Running(port, model, service)
     finally:
         server.should_exit = True
         thread.join(30)
