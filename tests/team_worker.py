@@ -6,9 +6,15 @@ Each scenario leaves files in the folder; the tests compare them with what one p
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -17,10 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from training_laws import points, recipe
+from undiffuse.commands import main as main_of_undiffuse
+from undiffuse.commands.sample import sample
 from undiffuse.config import override
 from undiffuse.distributed import Team, joined
 from undiffuse.errors import Deserted, UndiffuseError
-from undiffuse.pipeline import REGISTRIES, Pipeline
+from undiffuse.pipeline import REGISTRIES
 from undiffuse.training import Diverged, Recipe, Trainer, checkpoint
 
 UPDATES = 4
@@ -38,6 +46,10 @@ VARIANTS = {
     "fsdp": ["training.shard=always"],
     "fsdp_parts": ["training.shard=always", "training.accumulation=2"],
 }
+
+
+DRAWN = {"seven.npy": 7, "one.npy": 1, "five.png": 5, "way.gif": 3}
+"""Files of samples, and how many; of one batch the first process draws nothing."""
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
@@ -95,6 +107,9 @@ def main(folder: Path) -> None:
             object.__delattr__(dataset, "batch")
             save_file(state(trainer), folder / f"{name}-{team.rank}.safetensors")
             if not name.endswith("parts"):
+                snapshot = trainer.snapshot()
+                if team.first:
+                    checkpoint.save(folder / f"{name}-checkpoints", snapshot, {}, keep=1)
                 other = Trainer(dataset, chosen(*settings), seed=3, device=device, team=team)
                 found = checkpoint.newest(folder / "checkpoints") if team.first else None
                 other.restore(found.snapshot() if found else None, "here")
@@ -121,6 +136,7 @@ def main(folder: Path) -> None:
             Trainer(dataset, chosen("training.batch_size=1"), team=team)
         except UndiffuseError as error:
             facts["small"] = str(error)
+        command_line(team, folder / "run", facts)
     (folder / f"facts-{team.rank}.json").write_text(json.dumps(facts))
 
 
@@ -140,11 +156,54 @@ def shares(team: Team, folder: Path, facts: dict[str, Any]) -> None:
         facts["agree"] = [type(error) is Deserted, str(error)]
     with team.agree():
         pass
-    pipeline = Pipeline.load(folder / "model")
-    drawn = pipeline.draw(team.mine(range(7), 2), seed=5, batch_size=2).numpy()
-    samples = team.gather(drawn)
-    if team.first:
-        np.save(folder / "samples.npy", samples)
+    for name, count in DRAWN.items():
+        sample(folder / "model", number=count, batch_size=2, seed=5, out=folder / name, device="cpu")
+    try:
+        sample(folder / "model", number=4, out=folder / "x.wav", device="cpu")
+    except UndiffuseError as error:
+        facts["refused"] = [type(error) is Deserted, str(error)]
+
+
+def train_points(out: Path, *more: str) -> list[str]:
+    """A run on the command line that goes on until it is stopped."""
+    words = ["train", "moons", "--recipe", "tiny", "--out", str(out), "--device", "cpu", "--batch-size", "8"]
+    often = ["training.log_every=10", "training.checkpoint_every=50", "training.preview_every=0"]
+    return [*words, "--steps", "100000", *(w for setting in often for w in ("--set", setting)), *more]
+
+
+def wait_for(path: Path, step: int) -> None:
+    """Until the metrics have the line of this update."""
+    until = time.monotonic() + 90
+    while time.monotonic() < until:
+        try:
+            if json.loads(path.read_text().splitlines()[-1])["step"] >= step:
+                return
+        except (OSError, ValueError, IndexError, KeyError):
+            pass
+        time.sleep(0.02)
+    raise AssertionError(f"{path}: update {step} has not come")
+
+
+def command_line(team: Team, out: Path, facts: dict[str, Any]) -> None:
+    """A mistake, and a run of which the second process is told to stop."""
+
+    def said(name: str, words: list[str]) -> None:
+        with redirect_stdout(StringIO()) as printed, redirect_stderr(StringIO()) as complained:
+            try:
+                code = main_of_undiffuse(words)
+            except SystemExit as end:
+                code = end.code
+        facts[name] = [code, printed.getvalue(), complained.getvalue()]
+
+    def stop() -> None:
+        wait_for(out / "metrics.jsonl", 20)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    said("mistake", train_points(out, "--set", "training.batch_sise=1"))
+    facts["mistake"].append(out.exists())
+    if team.rank == 1:
+        Thread(target=stop).start()
+    said("stopped", train_points(out))
 
 
 if __name__ == "__main__":

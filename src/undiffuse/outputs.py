@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
@@ -22,8 +23,9 @@ from .data.png import encode16
 from .data.sounds import encode_wav
 from .data.spec import DataSpec
 from .data.tables import write_table
+from .distributed import ALONE, Team
 from .errors import UndiffuseError
-from .pipeline import REGISTRIES, Pipeline, Sampling
+from .pipeline import REGISTRIES, Pipeline, Sampling, check_count
 
 CHUNK = "undiffuse"
 """The PNG text chunk that holds how a picture was made."""
@@ -185,25 +187,30 @@ def write_samples(
     model: str,
     options: dict[str, Any],
     rows: int | None = None,
+    team: Team = ALONE,
 ) -> None:
     """Sample and write to ``target``: a .png grid, a folder, a .npy, or a .gif or .webp of the trajectory; sounds one
     after another as a .wav, points as a .csv. Files have the units, the range and the bits of the data.
 
-    ``model`` and ``options`` go into the PNGs' text chunk, so that the picture can be made again.
+    ``model`` and ``options`` go into the PNGs' text chunk, so that the picture can be made again. Each process of a
+    ``team`` draws its share of the batches, which are those of one process alone, and the first writes; a trajectory
+    is one batch, which the first draws.
     """
     spec, suffix = pipeline.spec, target.suffix.lower()
     columns = columns_for(samples, len(spec.classes) if classes is None else len(classes))
     if suffix in (".gif", ".webp") and spec.kind != "video":
         pictures = []
+        if not team.first:
+            return
         for frame in pipeline.frames(samples, seed=seed, classes=classes, sampling=sampling, rows=rows):
             pictures.append(grid(spec, frame.x.cpu(), columns))
             if progress is not None:
                 progress(frame.index, sampling.steps)
         write_animation(target, pictures)
         return
-    x = pipeline.draw(
-        samples, seed=seed, classes=classes, sampling=sampling, batch_size=batch_size, rows=rows, progress=progress
-    )
+    x = drawn(pipeline, samples, seed, classes, sampling, batch_size, progress, rows, team)
+    if not team.first:
+        return
     parameters = {
         "model": model,
         "weights": pipeline.fingerprint,
@@ -233,6 +240,34 @@ def write_samples(
                 write_bytes_atomic(one.with_suffix(".wav"), encode_wav(spec.to_data(x[i : i + 1])[0], spec))
             else:
                 write_image(one.with_suffix(".png"), spec, x[i], parameters)
+
+
+def drawn(
+    pipeline: Pipeline,
+    samples: int,
+    seed: int,
+    classes: Sequence[int | None] | None,
+    sampling: Sampling,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+    rows: int | None = None,
+    team: Team = ALONE,
+) -> Tensor:
+    """:meth:`.Pipeline.draw` by all processes of a team: ``[N, *shape]`` on the first, its own share on each other."""
+    check_count(samples, batch_size)
+    mine, part = team.mine(range(samples), batch_size), torch.empty(0, *pipeline.spec.shape)
+    with team.agree():
+        if mine:  # there may be fewer batches than processes
+            part = pipeline.draw(
+                mine,
+                seed=seed,
+                classes=classes,
+                sampling=sampling,
+                batch_size=batch_size,
+                rows=rows,
+                progress=progress,
+            )
+    return torch.from_numpy(team.gather(part.numpy()))
 
 
 def write_image(path: Path, spec: DataSpec, x: Tensor, parameters: dict[str, Any]) -> None:

@@ -191,6 +191,12 @@ class Start:
     cond: Mapping[str, Tensor]
 
 
+def check_count(samples: int, batch_size: int) -> None:
+    """Refuse to draw nothing."""
+    if samples < 1 or batch_size < 1:
+        raise UndiffuseError(f"asked for {samples} samples in batches of {batch_size}: both must be at least 1")
+
+
 def finished(x: Tensor) -> Tensor:
     """The samples on the CPU; raises if one is not finite."""
     x = x.cpu()
@@ -479,9 +485,7 @@ class Pipeline:
         """
         sampling = sampling or self.settings()
         numbers = list(range(samples)) if isinstance(samples, int) else list(samples)
-        if not numbers or batch_size < 1:
-            count = samples if isinstance(samples, int) else len(numbers)
-            raise UndiffuseError(f"asked for {count} samples in batches of {batch_size}: both must be at least 1")
+        check_count(samples if isinstance(samples, int) else len(numbers), batch_size)
         if rows is not None:
             each = self.rows(sampling)
             if rows < each:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -18,12 +17,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from team_worker import UPDATES, VARIANTS, chosen, state, train
+from team_worker import DRAWN, UPDATES, VARIANTS, chosen, state, train, train_points, wait_for
 from training_laws import points
+from undiffuse.commands.sample import sample
 from undiffuse.config import load_json
 from undiffuse.distributed import ALONE, Team, environment
 from undiffuse.errors import UndiffuseError
-from undiffuse.pipeline import Pipeline
 from undiffuse.training import Trainer, batch_indices, checkpoint
 
 SIZE = 2
@@ -119,6 +118,18 @@ def test_RS5_a_run_of_one_process_goes_on_with_two(variant: str, team: Path) -> 
 
 
 @pytest.mark.parametrize("variant", ["ddp", "fsdp"])
+def test_RS5_a_run_of_two_processes_goes_on_with_one(variant: str, team: Path) -> None:
+    found = checkpoint.newest(team / f"{variant}-checkpoints")
+    assert found is not None
+    resumed, straight = (Trainer(points(), chosen(), seed=3) for _ in range(2))
+    resumed.restore(found.snapshot(), str(found.path))
+    assert resumed.step == UPDATES
+    train(resumed, 2)
+    train(straight, UPDATES + 2)
+    close(state(resumed), state(straight))
+
+
+@pytest.mark.parametrize("variant", ["ddp", "fsdp"])
 def test_trap_E3_the_average_is_the_same_on_all_processes_after_a_resume(variant: str, team: Path) -> None:
     saved = checkpoint.newest(team / "checkpoints")
     assert saved is not None
@@ -162,9 +173,16 @@ def test_what_processes_say_to_each_other(team: Path) -> None:
     assert second["agree"] == [False, "the second one has failed"]
 
 
-def test_samples_of_two_processes_are_those_of_one_to_the_last_bit(team: Path) -> None:
-    alone = Pipeline.load(team / "model").draw(7, seed=5, batch_size=2).numpy()
-    np.testing.assert_array_equal(np.load(team / "samples.npy"), alone)
+@pytest.mark.parametrize("name", DRAWN)
+def test_two_processes_write_the_samples_of_one_to_the_last_byte(name: str, team: Path, tmp_path: Path) -> None:
+    sample(team / "model", number=DRAWN[name], batch_size=2, seed=5, out=tmp_path / name, device="cpu")
+    assert (team / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_a_file_that_cannot_be_written_is_refused_on_all(team: Path) -> None:
+    first, second = (facts(team, rank)["refused"] for rank in range(SIZE))
+    assert "write a .png" in first[1]
+    assert (first[0], second) == (False, [True, "process 0 of 2 has failed"])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -179,41 +197,30 @@ def test_every_sample_is_somebodys_in_whole_batches(size: int, count: int) -> No
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def train_points(out: Path, *more: str) -> list[str]:
-    words = ["train", "moons", "--recipe", "tiny", "--out", str(out), "--device", "cpu", "--batch-size", "8"]
-    often = ["training.log_every=10", "training.checkpoint_every=50", "training.preview_every=0"]
-    return ["-m", "undiffuse", *words, *(w for setting in often for w in ("--set", setting)), *more]
+def test_mistakes_are_told_once(team: Path) -> None:
+    first, second = (facts(team, rank)["mistake"] for rank in range(SIZE))
+    assert (first[0], second[0]) == (2, 2)
+    assert first[2].count("batch_sise") > 0 == second[2].count("batch_sise")
+    assert not first[3]
 
 
-def wait_for(path: Path, step: int) -> None:
-    until = time.monotonic() + 90
-    while time.monotonic() < until:
-        try:
-            if json.loads(path.read_text().splitlines()[-1])["step"] >= step:
-                return
-        except (OSError, ValueError, IndexError, KeyError):
-            pass
-        time.sleep(0.02)
-    raise AssertionError(f"{path}: update {step} has not come")
-
-
-def test_a_signal_to_one_process_stops_all_and_one_process_goes_on(tmp_path: Path) -> None:
-    processes = start(*train_points(tmp_path, "--steps", "100000"))
-    wait_for(tmp_path / "metrics.jsonl", 20)
-    processes[1].send_signal(signal.SIGTERM)
-    (first, out, err), (second, silent, nothing) = finish(processes)
+def test_a_signal_to_one_process_stops_all(team: Path) -> None:
+    (first, out, err), (second, silent, nothing) = (facts(team, rank)["stopped"] for rank in range(SIZE))
     assert (first, second) == (143, 143), (err, nothing)
     assert "2 processes" in " ".join(out.split())
     assert "saved; resume with the same command" in out
     assert (silent, nothing, err) == ("", "", "")
-    status = load_json(tmp_path / "status.json")
-    assert status["state"] == "stopped"
-    found = checkpoint.newest(tmp_path / "checkpoints")
+    status = load_json(team / "run" / "status.json")
+    found = checkpoint.newest(team / "run" / "checkpoints")
     assert found is not None
-    assert found.step == status["step"]
-    # The same command on one process: it goes on, and the one who is killed takes the other with it.
-    resumed = start(*train_points(tmp_path, "--steps", "100000"))
-    wait_for(tmp_path / "metrics.jsonl", found.step + 20)
+    assert (status["state"], status["step"]) == ("stopped", found.step)
+
+
+def test_the_same_command_goes_on_and_a_process_that_is_killed_ends_all(team: Path) -> None:
+    found = checkpoint.newest(team / "run" / "checkpoints")
+    assert found is not None
+    resumed = start("-m", "undiffuse", *train_points(team / "run"))
+    wait_for(team / "run" / "metrics.jsonl", found.step + 20)
     resumed[1].kill()
     begun = time.monotonic()
     (first, out, err), (second, _, _) = finish(resumed)
@@ -223,13 +230,6 @@ def test_a_signal_to_one_process_stops_all_and_one_process_goes_on(tmp_path: Pat
     assert err.splitlines() == [
         "undiffuse: a process of this run has ended; the same command goes on from the last checkpoint"
     ]
-
-
-def test_mistakes_are_told_once(tmp_path: Path) -> None:
-    said = finish(start(*train_points(tmp_path / "r", "--set", "training.batch_sise=1")))
-    assert [code for code, _, _ in said] == [2, 2]
-    assert sum(err.count("batch_sise") > 0 for _, _, err in said) == 1
-    assert not (tmp_path / "r").exists()
 
 
 def test_a_process_alone_is_a_team_of_one() -> None:

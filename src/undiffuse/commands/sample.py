@@ -89,8 +89,9 @@ def sample(
         UndiffuseError: a model that cannot be loaded, an option out of range, a name that does not exist.
     """
     from ..config import override
+    from ..distributed import joined
     from ..outputs import check_target, describe, made_by, suffixes, write_samples
-    from ..pipeline import BATCH, REGISTRIES, Pipeline, resolve_device
+    from ..pipeline import BATCH, REGISTRIES, Pipeline
 
     given = {
         "number": number,
@@ -109,20 +110,27 @@ def sample(
         raise UndiffuseError("name a model: undiffuse sample runs/NAME")
     model = Path(model or (made["model"] if made else ""))
     options: dict[str, Any] = {**(made["options"] if made else {}), **{k: v for k, v in given.items() if v is not None}}
-    pipeline = Pipeline.load(model, resolve_device(device))
-    if made and made["weights"] != pipeline.fingerprint:
-        warnings.warn(f"{from_} was made by other weights: expect another picture", UndiffuseWarning, stacklevel=2)
-    changes = {name: options[name] for name in ("solver", "steps", "grid", "guidance_scale") if name in options}
-    settings = pipeline.settings(made["sampling"] if made else None, **changes)
-    settings = override(settings, options.get("set", ()), REGISTRIES)
-    count, seed, batch = options.get("number", 64), options.get("seed", 0), options.get("batch_size", BATCH)
-    chosen = parse_classes(options["classes"], pipeline.spec.classes) if "classes" in options else None
-    target = Path(out or f"samples{suffixes(pipeline.spec)[0]}")
-    check_target(target, pipeline.spec)
-    begun = time.monotonic()
-    with progress_bar() as tick:
-        fixed = options.get("rows")
-        write_samples(target, pipeline, count, seed, chosen, settings, batch, tick, str(model), options, fixed)
+    with joined(device) as (team, place):
+        with team.agree():
+            pipeline = Pipeline.load(model, place)
+            if made and made["weights"] != pipeline.fingerprint:
+                warnings.warn(
+                    f"{from_} was made by other weights: expect another picture", UndiffuseWarning, stacklevel=2
+                )
+            changes = {name: options[name] for name in ("solver", "steps", "grid", "guidance_scale") if name in options}
+            settings = pipeline.settings(made["sampling"] if made else None, **changes)
+            settings = override(settings, options.get("set", ()), REGISTRIES)
+            count, seed, batch = options.get("number", 64), options.get("seed", 0), options.get("batch_size", BATCH)
+            chosen = parse_classes(options["classes"], pipeline.spec.classes) if "classes" in options else None
+            target = Path(out or f"samples{suffixes(pipeline.spec)[0]}")
+            if team.first:
+                check_target(target, pipeline.spec)
+        begun = time.monotonic()
+        with progress_bar(team.first) as tick:
+            fixed = options.get("rows")
+            write_samples(
+                target, pipeline, count, seed, chosen, settings, batch, tick, str(model), options, fixed, team
+            )
     shown = describe(settings)
     if settings in pipeline.tuned:
         shown["grid"] = "tuned"
@@ -174,9 +182,9 @@ def parse_classes(text: str, names: tuple[str, ...]) -> list[int | None]:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[int, int], None]]:
+def progress_bar(shown: bool = True) -> Iterator[Callable[[int, int], None]]:
     """Gives ``tick(done, total)``, which moves a bar on a terminal and does nothing elsewhere."""
-    if not sys.stderr.isatty():
+    if not shown or not sys.stderr.isatty():
         yield lambda done, total: None
         return
     from tqdm import tqdm
