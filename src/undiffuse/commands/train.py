@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import time
@@ -76,8 +77,8 @@ def train(
     """Train a diffusion model. The same command continues a run that was stopped.
 
     Args:
-        data: A folder, .zip or .tar of images, a .npy or .npz file, or the name of a data set: digits, mnist, moons,
-            swissroll, checkerboard.
+        data: A folder, .zip or .tar of images, a .npy or .npz file, hf:NAME[:SPLIT] of the Hugging Face Hub, or the
+            name of a data set: digits, mnist, moons, swissroll, checkerboard.
         out: The run folder (default: runs/ and the name of the data).
         recipe: default, digits, mnist, points, images or tiny (seconds, for tests).
         steps: Length of the run in updates.
@@ -142,7 +143,8 @@ def train(
     }
     words += [name for name, given in flags.items() if given]
     words += [word for setting in set for word in ("--set", setting)]
-    folder = Path(out) if out is not None else Path("runs") / (Path(data).stem if Path(data).exists() else data)
+    called = Path(data).stem if Path(data).exists() else re.sub(r"[^\w.-]+", "-", data)
+    folder = Path(out) if out is not None else Path("runs") / called
     with joined(device) as (team, _), screen() as (say, progress):
         with team.agree():
             dataset, chosen = prepare(

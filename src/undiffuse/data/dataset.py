@@ -15,7 +15,9 @@ from .arrays import open_array, resized
 from .base import ArrayDataset, Dataset
 from .clips import Clips
 from .folder import Files, Images, Reader
+from .huggingface import PREFIX, Rows, is_saved
 from .images import MIN_SIDE, Channels, Size
+from .metadata import LABELS
 from .sounds import Sounds
 from .store import Folder, Store, Tar, Zip, printable
 from .tables import open_table
@@ -46,8 +48,8 @@ def open_dataset(
     strict: bool = False,
     seed: int = 0,
 ) -> Dataset:
-    """The data set that ``data`` names: one of :data:`DATASETS`, a folder, ``.zip`` or ``.tar`` of images, or an
-    ``.npy`` or ``.npz`` file.
+    """The data set that ``data`` names: one of :data:`DATASETS`, a folder, ``.zip`` or ``.tar`` of images, an ``.npy``
+    or ``.npz`` file, or ``hf:NAME`` (:mod:`.huggingface`).
 
     ``image_size``   brings images to this size, a side or (height, width): cropped in the middle, resized with Lanczos
     ``channels``   images of a folder: 1, 3 or 4 (alpha), or "keep" (the default: grey if all are grey, else RGB).
@@ -72,6 +74,11 @@ def open_dataset(
             warnings.warn(message, UndiffuseWarning, stacklevel=2)
         return _named(DATASETS[data](seed=seed, data_root=data_root), size, channels)
     path = Path(os.path.expanduser(data))
+    if data.startswith(PREFIX) or is_saved(path):
+        _refuse_unused(data, "images", length=length, frames=frames)
+        rows = Rows(data, labels)
+        chosen = "none" if not rows.about.attributes else LABELS[0]
+        return Files(rows, Images(size, channels), labels=chosen, about=rows.about, strict=strict)
     if not data or not os.path.exists(path):
         raise _missing(data, path)
     store = open_store(path)
@@ -154,4 +161,4 @@ def _missing(data: str, path: Path) -> UndiffuseError:
 
 
 def _choices() -> str:
-    return f"DATA is a folder, .zip or .tar of images, an .npy or .npz file, or one of {', '.join(DATASETS)}"
+    return f"DATA is a folder, .zip or .tar of images, an .npy or .npz file, hf:NAME, or one of {', '.join(DATASETS)}"

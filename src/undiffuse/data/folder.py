@@ -113,7 +113,11 @@ def scan(store: Store, reader: Reader, *, strict: bool = False) -> Scan:
             skip(file.path, reason)
         elif file.extension in reader.unsupported:
             skip(file.path, f".{file.extension} is not supported: convert it ({reader.formats})")
-        elif file.extension in reader.known or (not file.extension and not reason and reader.is_one(store, file)):
+        elif (
+            store.chosen
+            or file.extension in reader.known
+            or (not file.extension and not reason and reader.is_one(store, file))
+        ):
             if reason:
                 skip(file.path, reason)
             else:
@@ -139,13 +143,14 @@ class Files(Dataset):
         reader: Reader,
         *,
         labels: str | None = None,
+        about: Metadata | None = None,
         strict: bool = False,
         memory: int = MEMORY_BYTES,
         threads: int | None = None,
     ) -> None:
         """``memory``: decoded items are kept if they need at most this many bytes. ``threads`` decode (default: as many
         as there are processors, at most 16); their number changes only the speed. ``labels``: see
-        :func:`undiffuse.data.open_dataset`.
+        :func:`undiffuse.data.open_dataset`. ``about``: what is known of the files, where no file says it.
         """
         self.name, self._store, self._reader, self._strict = store.name, store, reader, strict
         found = scan(store, reader, strict=strict)
@@ -153,7 +158,7 @@ class Files(Dataset):
         self._kept: np.ndarray | None = None
         self._pool = ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1), "undiffuse-files")
         self._enough_left()
-        about = read_metadata(store, [entry.path for entry in self._entries])
+        about = about or read_metadata(store, [entry.path for entry in self._entries])
         classes, _, _ = _classes(self._entries, about, labels, self.name)  # before the long work: is it all understood?
         form = reader.form([entry.header for entry in self._entries], self.name)
         self._target, self.spec = form.target, form.spec
@@ -324,6 +329,8 @@ def _classes(
             "file its own, or take them away"
         )
     groups = [about.attributes[entry.path][choice] for entry in entries]
+    if about.classes:
+        return about.classes, np.array([about.classes.index(group) for group in groups], np.int64), []
     if len(set(groups)) > max(10, len(groups) // 2):
         raise UndiffuseError(
             f"{name}: {printable(choice)} has {len(set(groups))} different values: these are not classes"

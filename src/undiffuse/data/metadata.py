@@ -26,11 +26,13 @@ LABELS = ("label", "class")
 
 @dataclass
 class Metadata:
-    """Captions and attributes by the path of the file; ``notes`` for people; ``sources`` were read for them."""
+    """Captions and attributes by the path of the file; ``notes`` for people; ``classes`` in their own order,
+    where the source declares them."""
 
     texts: dict[str, str] = field(default_factory=dict)
     attributes: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    classes: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:

@@ -59,9 +59,10 @@ def printable(name: str) -> str:
 
 
 class Store(ABC):
-    """Files by name. ``name`` is what messages call it."""
+    """Files by name. ``name`` is what messages call it; ``chosen``: every file is meant, whatever its extension."""
 
     name: str
+    chosen: bool = False
 
     @abstractmethod
     def entries(self) -> list[tuple[File, str]]:
