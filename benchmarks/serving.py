@@ -1,6 +1,6 @@
 """What batching at the level of network calls gains: one list of requests, served in three ways.
 
-    python benchmarks/serving.py [MODEL] [--clients N] [--requests N] [--rounds N] [--overload SECONDS] [--out FILE.json]
+    python benchmarks/serving.py [MODEL] [--clients N] [--requests N] [--rounds N] [--overload SECONDS] [--out FILE]
 
 Every client sends its next request when the last is answered; the requests differ in steps (5 to 50), solver and
 guidance. *engine*: ``undiffuse serve``, over HTTP on this machine. *lock*: one request at a time, as diffusers' own
@@ -36,7 +36,9 @@ from typing import Any
 
 import torch
 
+from undiffuse import open_dataset
 from undiffuse.pipeline import Pipeline
+from undiffuse.training import Trainer, make_recipe
 
 WAYS = ("euler", "heun", "dpmpp_2m", "unipc_3", "ipndm_3")
 

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def running(
 ) -> Iterator[Running]:
     """A studio on a free port; with the model that ships, unless others are given."""
     folders = folders or {"digits": MODEL}
-    service = Service(lambda: Engine({n: Pipeline.load(f) for n, f in folders.items()}, rows=32), Limits())
+    sources = {name: partial(Pipeline.load, folder) for name, folder in folders.items()}
+    service = Service(Engine(rows=32), sources, Limits(json=20_000_000))
     studio = Studio(service, folders, Runs(runs or {}, around))
     config = uvicorn.Config(app=lambda scope: None, host="127.0.0.1", port=0, log_level="error")
     listening = config.bind_socket()

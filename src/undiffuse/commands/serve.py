@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from ..errors import UndiffuseError
 from .options import AnyPath
-
-if TYPE_CHECKING:
-    from ..pipeline import Pipeline
 
 EXAMPLES = """
 undiffuse serve runs/demo                    OpenAI's image API, port 8000
@@ -100,11 +97,8 @@ def serve(
         find_pipeline(folder)
     place = resolve_device(device)
 
-    def source(folder: Path) -> Callable[[], Pipeline]:
-        return lambda: Pipeline.load(folder, place)
-
     engine = Engine(rows=rows, waiting=waiting, exact=exact)
-    sources = {name: source(folder) for name, folder in folders.items()}
+    sources = {name: partial(Pipeline.load, folder, place) for name, folder in folders.items()}
     service = Service(engine, sources, Limits(seconds=seconds), max_loaded)
     server, listening = server_of(service, host, port, key)
     address = f"http://{'127.0.0.1' if local else host}:{listening.getsockname()[1]}"

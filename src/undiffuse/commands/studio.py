@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +59,7 @@ def studio(
     try:
         import uvicorn
 
-        from ..serving.server import Door, Service, create_app, names_of
+        from ..serving.server import Door, Limits, Server, Service, create_app, names_of
         from ..studio.app import MODEL, Studio, routes
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("undiffuse"):
@@ -83,10 +84,6 @@ def studio(
         folders["digits"] = MODEL
     place = resolve_device(device)
 
-    def load() -> Engine:
-        pipelines = {name: Pipeline.load(folder, place) for name, folder in folders.items()}
-        return Engine(pipelines, rows=32)
-
     config = uvicorn.Config(
         app=lambda scope: None,  # replaced below, when the port is known
         host="127.0.0.1",
@@ -101,7 +98,8 @@ def studio(
     except SystemExit:
         raise UndiffuseError(f"--port {port}: cannot be listened on; is something else there? Take another") from None
     port = listening.getsockname()[1]
-    service = Service(load)
+    sources = {name: partial(Pipeline.load, folder, place) for name, folder in folders.items()}
+    service = Service(Engine(rows=32), sources, Limits(json=20_000_000))  # pictures come in JSON
     page = Studio(service, folders, Runs(runs))
     app = create_app(service, Door(names_of("127.0.0.1", port), None))
     app.include_router(routes(page))
@@ -109,7 +107,8 @@ def studio(
     address = f"http://127.0.0.1:{port}/studio/"
     link = f"{address}#token={page.token}"
     print(f"studio     {link}\n           (Ctrl-C ends it)", flush=True)
-    server = uvicorn.Server(config)
+    server = Server(config, service)
+    service.ended = lambda: setattr(server, "should_exit", True)
     if not no_browser:
         import threading
         import webbrowser

@@ -130,6 +130,11 @@ class Service:
             raise Refused(404, f"there is no such model; there are {there}", "model", "model_not_found")
         return name or next(iter(self.shelf.sources))
 
+    def pipeline(self, name: str | None) -> tuple[str, Pipeline]:
+        """The model of that name where all are loaded and stay so."""
+        name = self.name(name)
+        return name, self.shelf.known[name]
+
     @asynccontextmanager
     async def model(self, name: str | None, left: float) -> AsyncIterator[tuple[str, Pipeline]]:
         """The model of that name, waited for at most ``left`` seconds; it stays loaded within."""

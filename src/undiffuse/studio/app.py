@@ -280,9 +280,7 @@ class Studio:
     async def compute(self, request: Request, work: Callable[[labs.Check], T]) -> T:
         """Run ``work`` on a thread when it is its turn; it is told when the page no longer waits."""
         if self._waiting >= WAITING:
-            refused = Refused(429, "busy with other requests of this page", code="queue_full")
-            refused.headers = {"Retry-After": "1"}
-            raise refused
+            raise Refused(429, "busy with other requests of this page", code="queue_full", wait=1)
         gone = threading.Event()
 
         def check() -> None:
@@ -314,7 +312,7 @@ class Studio:
     # --- models ---
 
     def model(self, name: str | None) -> tuple[str, Pipeline]:
-        return self.service.model(name)
+        return self.service.pipeline(name)
 
     def ask(self, form: Ask, **more: Any) -> tuple[str, Pipeline, labs.Ask]:
         """The model and what is asked of it. Raises for what it cannot do."""
@@ -468,7 +466,8 @@ def described(studio: Studio) -> dict[str, Any]:
         return next((name for name, each in registry.items() if each == value), None)
 
     models = []
-    for name, pipeline in studio.service.running().models.items():
+    for name in studio.folders:
+        pipeline = studio.service.pipeline(name)[1]
         spec, usual = pipeline.spec, pipeline.sampling
         dense = pipeline.config.schedule(torch.linspace(0, 1, 257, dtype=torch.float64))
         models.append(
