@@ -58,7 +58,7 @@ def value(found: Evaluation, name: str) -> float:
 
 
 def test_gaussians_have_the_frechet_distance_of_algebra(rows: Rows, capsys: pytest.CaptureFixture[str]) -> None:
-    """9 (|m|^2 + sum (s - 1)^2) for 5 + 3 N(m, s^2) against 5 + 3 N(0, 1): vectors are taken as they are, not in model units."""
+    """9 (|m|^2 + sum (s - 1)^2) for 5 + 3 N(m, s^2) against 5 + 3 N(0, 1): as they are, not in model units."""
     mean, deviation = np.linspace(0, 2, 6, dtype=np.float32), np.linspace(0.5, 3, 6, dtype=np.float32)
     exact = 9 * float((mean**2).sum() + ((deviation - 1) ** 2).sum())
     rows("a.npy", 5 + 3 * (mean + deviation * normal(4000, 0)))
