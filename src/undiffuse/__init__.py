@@ -202,6 +202,10 @@ if TYPE_CHECKING:
     from .evaluation.compare import arms_of as arms_of
     from .evaluation.compare import run_comparison as run_comparison
     from .evaluation.experiments import EXPERIMENTS as EXPERIMENTS
+    from .evaluation.judge import Study as Study
+    from .evaluation.judge import bradley_terry as bradley_terry
+    from .evaluation.judge import judge_votes as judge_votes
+    from .evaluation.judge import make_study as make_study
 
     # the verbs of the command line
     from .commands.demo import demo as demo
@@ -210,6 +214,7 @@ if TYPE_CHECKING:
     from .commands.compare import compare as compare
     from .commands.sample import sample as sample
     from .commands.evaluate import evaluate as evaluate
+    from .commands.judge import judge as judge
     from .commands.ls import ls as ls
     from .commands.show import show as show
 

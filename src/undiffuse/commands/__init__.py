@@ -38,6 +38,7 @@ VERBS = {
     "sample": "sample from a saved model",
     "evaluate": "measure samples against data: every number with its floor",
     "studio": "see a model at work: a page in the browser",
+    "judge": "a blind study: which pictures do people prefer?",
     "serve": "serve models over HTTP, many requests in one network call",
     "solvers": "list the solvers, find the best for a model, tune a grid for it",
     "ls": "list the runs in a folder",
