@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from io import BytesIO
 from math import pi
 from pathlib import Path
+from textwrap import wrap
 
 import matplotlib
 
@@ -52,6 +53,7 @@ from undiffuse import (
     slerp,
     trajectory,
 )
+from undiffuse.data.shapes import Shapes
 from undiffuse.levels import spread
 from undiffuse.sampling import start
 
@@ -468,6 +470,18 @@ def networks() -> plt.Figure:
     return figure
 
 
+def shapes() -> plt.Figure:
+    """Pictures of ``shapes`` with what is said of them; nothing is learned here."""
+    data = Shapes()
+    figure, axes = plt.subplots(2, 6, figsize=(12, 4.9), layout="constrained")
+    chosen = list(range(12))
+    for axis, picture, caption in zip(axes.flat, data.values(chosen), data.captions(chosen) or [], strict=True):
+        axis.imshow(picture, interpolation="nearest")
+        axis.set_axis_off()
+        axis.set_title("\n".join(wrap(caption, 24)), fontsize=9)
+    return figure
+
+
 PICTURES: dict[str, Callable[[], plt.Figure]] = {
     "levels": levels,
     "schedules": schedules,
@@ -482,6 +496,7 @@ PICTURES: dict[str, Callable[[], plt.Figure]] = {
     "pipeline": pipeline,
     "weights": weights,
     "networks": networks,
+    "shapes": shapes,
     "frechet_floor": frechet_floor,
 }
 

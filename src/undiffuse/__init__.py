@@ -65,9 +65,14 @@ if TYPE_CHECKING:
 
     # chapter 5
     from .conditions import CONDITIONS as CONDITIONS
+    from .conditions import Attributes as Attributes
     from .conditions import Classes as Classes
     from .conditions import Condition as Condition
     from .conditions import Conditions as Conditions
+    from .conditions import Embedded as Embedded
+    from .conditions import Patches as Patches
+    from .conditions import Picture as Picture
+    from .conditions import Text as Text
     from .conditions import Vector as Vector
 
     # chapter 6

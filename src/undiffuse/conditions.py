@@ -1,35 +1,63 @@
 """Chapter 5. Conditions: what we ask for.
 
-A condition turns raw values, one a sample, into the vector that the network takes. Each knows its *null* value
-("nothing in particular"), which takes the place of the real one for a tenth of the training samples; that is what makes
-classifier-free guidance possible (Ho & Salimans 2022, arXiv:2207.12598).
+A condition turns raw values, one a sample, into what the network takes: a vector, a row of tokens, or more channels
+beside x. Each knows its *null* value ("nothing in particular"), which takes the place of the real one for a tenth of
+the training samples; that is what makes classifier-free guidance possible (Ho & Salimans 2022, arXiv:2207.12598).
+
+Raw values are tensors, always: a text is its tokens. So dropping, saving, batching and guiding know one kind of value.
 """
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UndiffuseError, choose
+from .errors import UndiffuseError, UndiffuseWarning, choose, unknown
+from .tokens import BytePairs
+
+
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """What a condition says to the network; any part may be missing.
+
+    Attributes:
+        vector: ``[B, width]``; those of several conditions add up.
+        tokens: ``[B, T, token_width]``; those of several conditions stand in a row.
+        mask: ``[B, T]`` bool, True for the tokens that are there.
+        channels: ``[B, C, *spatial]``, laid beside x.
+    """
+
+    vector: Tensor | None = None
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    channels: Tensor | None = None
 
 
 class Condition(nn.Module, ABC):
-    """Abstract: raw values ``[B]`` or ``[B, D]`` to an embedding ``[B, width]``, and a null value.
+    """Abstract: raw values ``[B, ...]`` to what the network takes, and a null value.
 
+    ``token_width``   of the tokens that it makes, 0 for none
+    ``channels``   how many channels it lays beside x
     ``asked``   whether it is asked for, and so dropped in training and guided to. What was done to the data is not: it
         is always told in training, and null in sampling.
     """
 
     asked = True
+    token_width = 0
+    channels = 0
 
     @property
     @abstractmethod
-    def config(self) -> dict[str, int]:
-        """The constructor's arguments, without the width."""
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments as JSON has them, without the width."""
 
     @abstractmethod
     def check(self, values: Tensor) -> Tensor:
@@ -40,8 +68,8 @@ class Condition(nn.Module, ABC):
         """``batch`` raw null values."""
 
     @abstractmethod
-    def embed(self, values: Tensor) -> Tensor:
-        """``[B, width]``; differentiable in the weights."""
+    def embed(self, values: Tensor) -> Embedded:
+        """What the network takes; differentiable in the weights."""
 
 
 @final
@@ -57,7 +85,7 @@ class Classes(Condition):
         self.table = nn.Embedding(classes + 1, width)
 
     @property
-    def config(self) -> dict[str, int]:
+    def config(self) -> dict[str, Any]:
         return {"classes": self.classes}
 
     def check(self, values: Tensor) -> Tensor:
@@ -73,8 +101,43 @@ class Classes(Condition):
     def null(self, batch: int) -> Tensor:
         return torch.full((batch,), self.classes, device=self.table.weight.device)
 
-    def embed(self, values: Tensor) -> Tensor:
-        return self.table(values)
+    def embed(self, values: Tensor) -> Embedded:
+        return Embedded(self.table(values))
+
+
+@final
+class Attributes(Condition):
+    """Several attributes at once: integers ``[B, K]``, the k-th from 0 to ``sizes[k] - 1``, or ``sizes[k]`` for one of
+    which nothing is said. Their embeddings add up."""
+
+    def __init__(self, sizes: Sequence[int], width: int) -> None:
+        super().__init__()
+        if not sizes or min(sizes) < 1:
+            raise UndiffuseError(f"attributes need at least one, each with at least one value, got {list(sizes)}")
+        self.sizes = tuple(sizes)
+        self.tables = nn.ModuleList(nn.Embedding(size + 1, width) for size in sizes)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"sizes": list(self.sizes)}
+
+    def check(self, values: Tensor) -> Tensor:
+        if values.dtype.is_floating_point or values.ndim != 2 or values.shape[1] != len(self.sizes):
+            raise UndiffuseError(
+                f"attributes must be integers [B, {len(self.sizes)}], got {values.dtype} of shape {list(values.shape)}"
+            )
+        for k, size in enumerate(self.sizes):
+            wrong = values[:, k][(values[:, k] < 0) | (values[:, k] > size)]
+            if len(wrong):
+                raise UndiffuseError(f"attribute {k} has no value {int(wrong[0])}: it has 0 to {size - 1}")
+        return values
+
+    def null(self, batch: int) -> Tensor:
+        device = next(self.parameters()).device
+        return torch.tensor(self.sizes, device=device).expand(batch, -1).clone()
+
+    def embed(self, values: Tensor) -> Embedded:
+        return Embedded(torch.stack([table(values[:, k]) for k, table in enumerate(self.tables)]).sum(0))
 
 
 @final
@@ -91,7 +154,7 @@ class Vector(Condition):
         self.nothing = nn.Parameter(torch.zeros(width))
 
     @property
-    def config(self) -> dict[str, int]:
+    def config(self) -> dict[str, Any]:
         return {"size": self.size}
 
     def check(self, values: Tensor) -> Tensor:
@@ -107,10 +170,10 @@ class Vector(Condition):
     def null(self, batch: int) -> Tensor:
         return torch.full((batch, self.size), torch.nan, device=self.nothing.device)
 
-    def embed(self, values: Tensor) -> Tensor:
+    def embed(self, values: Tensor) -> Embedded:
         null = values.isnan().all(1, keepdim=True)
         embedded = self.linear(values.nan_to_num().to(self.linear.weight.dtype))
-        return torch.where(null, self.nothing, embedded)
+        return Embedded(torch.where(null, self.nothing, embedded))
 
 
 @final
@@ -128,7 +191,7 @@ class Augmentation(Condition):
         self.linear = nn.Linear(size, width, bias=False)
 
     @property
-    def config(self) -> dict[str, int]:
+    def config(self) -> dict[str, Any]:
         return {"size": self.size}
 
     def check(self, values: Tensor) -> Tensor:
@@ -139,17 +202,238 @@ class Augmentation(Condition):
     def null(self, batch: int) -> Tensor:
         return torch.zeros(batch, self.size, device=self.linear.weight.device)
 
-    def embed(self, values: Tensor) -> Tensor:
-        return self.linear(values.to(self.linear.weight.dtype))
+    def embed(self, values: Tensor) -> Embedded:
+        return Embedded(self.linear(values.to(self.linear.weight.dtype)))
 
 
-CONDITIONS: dict[str, type[Condition]] = {"classes": Classes, "vector": Vector, "augmentation": Augmentation}
+# --- Text -------------------------------------------------------------------------------------------------------------
+
+
+class Written(Condition, ABC):
+    """Abstract: a condition whose raw values are the tokens of texts, int64 ``[B, length]``, padded with 0. The null
+    value, and the empty text, is nothing but padding."""
+
+    length: int
+
+    @abstractmethod
+    def tokens(self, text: str) -> list[int]:
+        """All tokens of a text, however long; none of them is 0."""
+
+    @abstractmethod
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens."""
+
+    def read(self, texts: Sequence[str]) -> Tensor:
+        """``[B, length]`` on the CPU. What is too long is cut, with a warning that names what was cut."""
+        rows = torch.zeros(len(texts), self.length, dtype=torch.int64)
+        for row, text in zip(rows, texts, strict=True):
+            tokens = self.tokens(text)
+            if len(tokens) > self.length:
+                warnings.warn(
+                    f"the text has {len(tokens)} tokens, this model reads {self.length}: cut was "
+                    f"{self.text(tokens[self.length :])!r}",
+                    UndiffuseWarning,
+                    stacklevel=2,
+                )
+            row[: len(tokens)] = torch.tensor(tokens[: self.length])
+        return rows
+
+    def check(self, values: Tensor) -> Tensor:
+        if values.dtype != torch.int64 or values.ndim != 2 or values.shape[1] != self.length:
+            raise UndiffuseError(
+                f"texts must be tokens, int64 [B, {self.length}], got {values.dtype} of shape {list(values.shape)}"
+            )
+        return values
+
+    def null(self, batch: int) -> Tensor:
+        return torch.zeros(batch, self.length, dtype=torch.int64, device=next(self.parameters()).device)
+
+
+class Reading(nn.Module):
+    """One layer of a transformer that reads a text: attention to all that is there, then a perceptron, before each a
+    norm (Vaswani et al. 2017; Xiong et al. 2020, arXiv:2002.04745)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, h: Tensor, there: Tensor) -> Tensor:
+        """``h [B, T, width]``; ``there [B, T]`` bool, of which at least one in each row is True."""
+        q, k, v = self.qkv(self.first(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=there[:, None, None])
+        h = h + self.out(y.transpose(1, 2).flatten(2))
+        return h + self.mlp(self.second(h))
+
+
+@final
+class Text(Written):
+    """A text, read by a small transformer that is trained with the network: byte pairs, places, ``layers`` layers.
+
+    Args:
+        vocabulary: the pieces of its tokens (:class:`.BytePairs`), part of the model.
+        length: most tokens of a text.
+        token_width, layers, heads: of the transformer. The network gets every token; and as the vector what a mark that
+            stands before the text, and is always there, has learned of it.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Sequence[str],
+        width: int,
+        length: int = 64,
+        token_width: int = 64,
+        layers: int = 2,
+        heads: int = 4,
+    ) -> None:
+        super().__init__()
+        if min(length, token_width, layers, heads) < 1 or token_width % heads:
+            raise UndiffuseError(
+                f"text of length={length}, token_width={token_width}, layers={layers}, heads={heads}: all must be at "
+                "least 1, and the width a multiple of the heads"
+            )
+        self.pairs = BytePairs(tuple(vocabulary))
+        self.length, self.token_width, self.layer_count, self.heads = length, token_width, layers, heads
+        self.table = nn.Embedding(self.pairs.count, token_width)
+        self.places = nn.Parameter(nn.init.normal_(torch.empty(1 + length, token_width), std=0.1))
+        self.layers = nn.ModuleList(Reading(token_width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(token_width)
+        self.pooled = nn.Linear(token_width, width)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {
+            "vocabulary": list(self.pairs.vocabulary),
+            "length": self.length,
+            "token_width": self.token_width,
+            "layers": self.layer_count,
+            "heads": self.heads,
+        }
+
+    def tokens(self, text: str) -> list[int]:
+        return self.pairs.encode(text)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return self.pairs.decode(tokens)
+
+    def check(self, values: Tensor) -> Tensor:
+        values = super().check(values)
+        if bool(((values < 0) | (values >= self.pairs.count)).any()):
+            raise UndiffuseError(f"a token is not from 0 to {self.pairs.count - 1}: they are another model's")
+        return values
+
+    def embed(self, values: Tensor) -> Embedded:
+        there = F.pad(values != 0, (1, 0), value=True)
+        h = self.table(F.pad(values, (1, 0))) + self.places
+        for layer in self.layers:
+            h = layer(h, there)
+        h = self.norm(h)
+        return Embedded(self.pooled(h[:, 0]), h[:, 1:], there[:, 1:])
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def checked_picture(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """``values``, or an error unless they are ``[B, *shape]`` without infinities."""
+    if list(values.shape[1:]) != list(shape) or not values.dtype.is_floating_point:
+        raise UndiffuseError(
+            f"this condition takes real [B, {', '.join(map(str, shape))}], got {values.dtype} {list(values.shape)}"
+        )
+    if bool(values.isinf().any()):
+        raise UndiffuseError("a picture as condition holds infinite numbers (NaN means: not known)")
+    return values
+
+
+@final
+class Picture(Condition):
+    """A picture (or array) beside x, as more channels: a smaller one to enlarge, one with holes to fill, one to
+    translate (Saharia et al. 2022, arXiv:2104.07636 and 2111.05826).
+
+    Raw values ``[B, *shape]``, in model units, NaN where nothing is known; null is NaN everywhere. The network gets
+    them with 0 for NaN, enlarged to the size of x where they are smaller, and one more channel: 1 where they are known.
+    """
+
+    def __init__(self, shape: Sequence[int], size: Sequence[int], width: int = 0) -> None:
+        """``shape``: of the picture, ``[C, *spatial]``; ``size``: the spatial size of x."""
+        super().__init__()
+        if len(shape) < 2 or len(size) != len(shape) - 1 or min(*shape, *size) < 1:
+            raise UndiffuseError(f"a picture of shape {list(shape)} does not fit data of spatial size {list(size)}")
+        self.shape, self.size = tuple(shape), tuple(size)
+        self.channels = shape[0] + 1
+        self.register_buffer("anchor", torch.zeros(()), persistent=False)  # tells the device
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "size": list(self.size)}
+
+    def check(self, values: Tensor) -> Tensor:
+        return checked_picture(values, self.shape)
+
+    def null(self, batch: int) -> Tensor:
+        return torch.full((batch, *self.shape), torch.nan, device=self.anchor.device)
+
+    def embed(self, values: Tensor) -> Embedded:
+        known = (~values.isnan()).all(1, keepdim=True)
+        channels = torch.cat([values.nan_to_num(), known.to(values.dtype)], dim=1)
+        if self.size != self.shape[1:]:
+            channels = F.interpolate(channels, self.size)
+        return Embedded(channels=channels)
+
+
+@final
+class Patches(Condition):
+    """A picture ``[B, C, *spatial]`` that need not lie where x does (a style, a subject), as tokens: one for each patch
+    of ``patch`` pixels a side, with its place. Null is NaN everywhere, of which there are no tokens."""
+
+    def __init__(self, shape: Sequence[int], width: int, patch: int = 4, token_width: int = 64) -> None:
+        super().__init__()
+        if len(shape) < 2 or patch < 1 or token_width < 1 or any(n < 1 or n % patch for n in shape[1:]):
+            raise UndiffuseError(f"a picture of shape {list(shape)} cannot be cut into patches of {patch}")
+        self.shape, self.patch, self.token_width = tuple(shape), patch, token_width
+        count = 1
+        for n in shape[1:]:
+            count *= n // patch
+        self.linear = nn.Linear(shape[0] * patch ** (len(shape) - 1), token_width)
+        self.places = nn.Parameter(nn.init.normal_(torch.empty(count, token_width), std=0.1))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "patch": self.patch, "token_width": self.token_width}
+
+    def check(self, values: Tensor) -> Tensor:
+        return checked_picture(values, self.shape)
+
+    def null(self, batch: int) -> Tensor:
+        return torch.full((batch, *self.shape), torch.nan, device=self.places.device)
+
+    def embed(self, values: Tensor) -> Embedded:
+        cut = values
+        for axis in range(2, values.ndim):  # [B, C, *spatial] -> [B, C, *(spatial / p), p, ..., p]
+            cut = cut.unfold(axis, self.patch, self.patch)
+        rank = len(self.shape) - 1
+        cut = cut.flatten(2 + rank).flatten(2, 1 + rank).transpose(1, 2).flatten(2)
+        there = ~cut.isnan().any(-1)
+        return Embedded(tokens=self.linear(cut.nan_to_num()) + self.places, mask=there)
+
+
+CONDITIONS: dict[str, type[Condition]] = {
+    "classes": Classes,
+    "attributes": Attributes,
+    "vector": Vector,
+    "augmentation": Augmentation,
+    "text": Text,
+    "picture": Picture,
+    "patches": Patches,
+}
 """Every kind of condition by name."""
 
 
 @final
 class Conditions(nn.Module):
-    """Several conditions by name; their embeddings add up to the vector ``[B, width]`` that the network takes."""
+    """Several conditions by name: vectors add up, tokens stand in a row, channels lie side by side."""
 
     def __init__(self, conditions: Mapping[str, Condition]) -> None:
         super().__init__()
@@ -167,32 +451,78 @@ class Conditions(nn.Module):
         """The names of those that can be asked for."""
         return tuple(name for name in self.names if self.part(name).asked)
 
+    @property
+    def written(self) -> dict[str, Written]:
+        """Those that are texts."""
+        return {name: part for name in self.names if isinstance(part := self.part(name), Written)}
+
+    @property
+    def token_width(self) -> int:
+        """Of all tokens; 0 if there are none. Raises if they do not agree."""
+        widths = {name: self.part(name).token_width for name in self.names if self.part(name).token_width}
+        if len(set(widths.values())) > 1:
+            raise UndiffuseError(f"the conditions' tokens must be of one width, these are {widths}")
+        return next(iter(widths.values()), 0)
+
+    @property
+    def channels(self) -> int:
+        """How many channels lie beside x."""
+        return sum(self.part(name).channels for name in self.names)
+
     @staticmethod
-    def build(config: Mapping[str, Mapping[str, int | str]], width: int) -> Conditions:
+    def build(config: Mapping[str, Mapping[str, Any]], width: int) -> Conditions:
         """From ``{"classes": {"kind": "classes", "classes": 10}}``; :attr:`config` gives that back."""
         parts = {}
         for name, fields in config.items():
-            numbers = {key: int(value) for key, value in fields.items() if key != "kind"}
             kind = choose("kind of condition", str(fields.get("kind")), CONDITIONS)
-            parts[name] = kind(width=width, **numbers)  # type: ignore[call-arg]
+            options = [option for option in inspect.signature(kind).parameters if option != "width"]
+            for field in fields:
+                if field not in ("kind", *options):
+                    raise unknown(f"option of condition {name}", field, options)
+            given = {field: value for field, value in fields.items() if field != "kind"}
+            try:
+                parts[name] = kind(width=width, **given)  # type: ignore[call-arg]
+            except TypeError as error:
+                raise UndiffuseError(f"condition {name}: {error}") from None
         return Conditions(parts)
 
     @property
-    def config(self) -> dict[str, dict[str, int | str]]:
+    def config(self) -> dict[str, dict[str, Any]]:
         kinds = {cls: kind for kind, cls in CONDITIONS.items()}
         return {name: {"kind": kinds[type(self.part(name))], **self.part(name).config} for name in self.names}
 
+    def values(self, given: Mapping[str, Tensor], captions: Sequence[str] | None) -> dict[str, Tensor]:
+        """Raw values of a batch of data: those of the ``given`` ones that are conditions, and captions as tokens."""
+        values = {name: value for name, value in given.items() if name in self.names}
+        if captions is not None:
+            values |= {name: part.read(captions) for name, part in self.written.items()}
+        return values
+
     def encode(self, values: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
-        """What the network takes: ``{"vector": [B, width]}``."""
-        total = None
+        """What the network takes, of ``vector [B, width]``, ``tokens [B, T, token_width]`` and ``mask [B, T]`` what
+        there is; and ``channels [B, C, *spatial]``, which :class:`.Denoiser` lays beside x."""
+        said = []
         for name in self.names:
             part = self.part(name)
             given = part.check(values[name])
             if given.shape[0] != batch:
                 raise UndiffuseError(f"condition {name} has {given.shape[0]} values for {batch} samples")
-            embedded = part.embed(given)
-            total = embedded if total is None else total + embedded
-        return {} if total is None else {"vector": total}
+            said.append(part.embed(given))
+        encoded = {}
+        if vectors := [each.vector for each in said if each.vector is not None]:
+            total = vectors[0]
+            for vector in vectors[1:]:
+                total = total + vector
+            encoded["vector"] = total
+        rows = [(each.tokens, each.mask) for each in said if each.tokens is not None]
+        if rows:
+            tokens = [row for row, _ in rows]
+            encoded["tokens"] = torch.cat(tokens, dim=1)
+            there = [row.new_ones(row.shape[:2], dtype=torch.bool) if mask is None else mask for row, mask in rows]
+            encoded["mask"] = torch.cat(there, dim=1)
+        if channels := [each.channels for each in said if each.channels is not None]:
+            encoded["channels"] = torch.cat(channels, dim=1)
+        return encoded
 
     def null(self, batch: int) -> dict[str, Tensor]:
         """Raw values that ask for nothing in particular."""

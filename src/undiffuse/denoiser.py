@@ -113,7 +113,8 @@ class Denoiser(nn.Module):
 
     Args:
         network: ``network(x [B, C, ...], label [B]) -> y`` with y shaped like x; with conditions it also takes what
-            they encode to (``vector=[B, E]``); with ``learned_variance`` it returns twice the channels.
+            they encode to (``vector=[B, E]``, ``tokens=[B, T, D]`` and ``mask=[B, T]``, more channels in x); with
+            ``learned_variance`` it returns twice the channels.
         schedule, prediction, label, input_scale: what x, y and the level mean. A pair that cannot work is refused.
         conditions: how raw conditions (class numbers, vectors) become what the network takes; None: unconditional.
         learned_variance: the second half of y's channels places the variance between the two of DDPM
@@ -197,6 +198,8 @@ class Denoiser(nn.Module):
         encoded = self.encode(cond, x.shape[0])
         dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
         scaled = combine((self.input_scale(level), x))
+        if (beside := encoded.pop("channels", None)) is not None:
+            scaled = torch.cat([scaled, beside.to(scaled)], dim=1)
         label = self.label(level).to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
         return scaled.to(dtype), label.expand(x.shape[0]), encoded
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageChops, ImageDraw, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from .config import to_json, write_bytes_atomic
@@ -25,7 +25,7 @@ from .data.spec import DataSpec
 from .data.tables import write_table
 from .distributed import ALONE, Team
 from .errors import UndiffuseError
-from .pipeline import REGISTRIES, Pipeline, Sampling, check_count
+from .pipeline import REGISTRIES, Attention, Pipeline, Sampling, check_count
 
 CHUNK = "undiffuse"
 """The PNG text chunk that holds how a picture was made."""
@@ -188,6 +188,8 @@ def write_samples(
     options: dict[str, Any],
     rows: int | None = None,
     team: Team = ALONE,
+    prompts: Sequence[str] | None = None,
+    negative_prompt: str | None = None,
 ) -> None:
     """Sample and write to ``target``: a .png grid, a folder, a .npy, or a .gif or .webp of the trajectory; sounds one
     after another as a .wav, points as a .csv. Files have the units, the range and the bits of the data.
@@ -197,18 +199,20 @@ def write_samples(
     is one batch, which the first draws.
     """
     spec, suffix = pipeline.spec, target.suffix.lower()
-    columns = columns_for(samples, len(spec.classes) if classes is None else len(classes))
+    kinds = classes if classes is not None else prompts if prompts is not None else spec.classes
+    columns = columns_for(samples, len(kinds))
+    asked: dict[str, Any] = {"classes": classes, "prompts": prompts, "negative_prompt": negative_prompt}
     if suffix in (".gif", ".webp") and spec.kind != "video":
         pictures = []
         if not team.first:
             return
-        for frame in pipeline.frames(samples, seed=seed, classes=classes, sampling=sampling, rows=rows):
+        for frame in pipeline.frames(samples, seed=seed, sampling=sampling, rows=rows, **asked):
             pictures.append(grid(spec, frame.x.cpu(), columns))
             if progress is not None:
                 progress(frame.index, sampling.steps)
         write_animation(target, pictures)
         return
-    x = drawn(pipeline, samples, seed, classes, sampling, batch_size, progress, rows, team)
+    x = drawn(pipeline, samples, seed, classes, sampling, batch_size, progress, rows, team, prompts, negative_prompt)
     if not team.first:
         return
     parameters = {
@@ -252,6 +256,8 @@ def drawn(
     progress: Callable[[int, int], None] | None = None,
     rows: int | None = None,
     team: Team = ALONE,
+    prompts: Sequence[str] | None = None,
+    negative_prompt: str | None = None,
 ) -> Tensor:
     """:meth:`.Pipeline.draw` by all processes of a team: ``[N, *shape]`` on the first, its own share on each other."""
     check_count(samples, batch_size)
@@ -262,6 +268,8 @@ def drawn(
                 mine,
                 seed=seed,
                 classes=classes,
+                prompts=prompts,
+                negative_prompt=negative_prompt,
                 sampling=sampling,
                 batch_size=batch_size,
                 rows=rows,
@@ -288,8 +296,35 @@ def write_image(path: Path, spec: DataSpec, x: Tensor, parameters: dict[str, Any
         write_bytes_atomic(path, encode16(pixels, {CHUNK: json.dumps(parameters)}))
 
 
+def write_attention(path: Path, pipeline: Pipeline, attention: Attention) -> Path:
+    """A PNG of a sample, and of it again once a word of its prompt, bright where the word has acted most."""
+    if not pipeline.spec.has_pictures:
+        raise UndiffuseError(f"--attention {path}: only attention in pictures can be drawn")
+    picture = Image.fromarray(pipeline.spec.to_images(attention.x)[0]).convert("RGB")
+    side = max(128, picture.width) // picture.width * picture.width
+    picture = picture.resize((side, side * picture.height // picture.width), Image.Resampling.NEAREST)
+    shares = attention.weights.double().numpy()
+    shares = shares / shares.mean((1, 2), keepdims=True)  # a word's own mean is 1: where, and not how much
+    tiles = [(picture, "")]
+    for word, share in zip(attention.words, shares, strict=True):
+        light = Image.fromarray((255 * np.clip(share / max(2.0, share.max()), 0, 1)).astype(np.uint8))
+        light = light.resize(picture.size, Image.Resampling.BICUBIC)
+        grey = ImageOps.grayscale(picture).point(lambda value: value * 0.5)
+        heat = ImageOps.colorize(light, "black", "white", "#ff8c00")
+        tiles.append((ImageChops.screen(grey.convert("RGB"), heat), word))
+    columns = min(7, len(tiles))
+    width, height = picture.width + GAP, picture.height + 16
+    canvas = Image.new("RGB", (columns * width + GAP, -(-len(tiles) // columns) * height + GAP), "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, (tile, word) in enumerate(tiles):
+        left, top = GAP + i % columns * width, GAP + i // columns * height
+        canvas.paste(tile, (left, top))
+        pen.text((left + picture.width // 2, top + picture.height + 1), word, fill="black", anchor="ma")
+    return write_png(path, canvas)
+
+
 def columns_for(samples: int, classes: int) -> int | None:
-    """One class a column where that makes whole rows; None: a near-square grid."""
+    """One class (or prompt) a column where that makes whole rows; None: a near-square grid."""
     return classes if 1 < classes <= 16 and samples > classes and samples % classes == 0 else None
 
 

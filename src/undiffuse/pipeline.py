@@ -32,7 +32,7 @@ from .grids import Times as TimesGrid
 from .guidance import Scale, cfg, interval, remember, rescale, scale_at, threshold
 from .levels import Estimate, Level
 from .likelihood import Likelihood, log_likelihood
-from .networks import build
+from .networks import attention_maps, build
 from .noise import Brownian, Streams
 from .objectives import TIMES, WEIGHTS, Times, Weight
 from .predictions import PREDICTIONS, Prediction
@@ -189,6 +189,22 @@ class Start:
     sampling: Sampling
     noise: Streams | Brownian
     cond: Mapping[str, Tensor]
+    against: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Which words act where.
+
+    Attributes:
+        x: ``[1, *shape]`` the sample, model units.
+        words: the text of each token.
+        weights: ``[T, *grid]``, the share of the attention at each place that each token got.
+    """
+
+    x: Tensor
+    words: tuple[str, ...]
+    weights: Tensor
 
 
 def check_count(samples: int, batch_size: int) -> None:
@@ -249,6 +265,11 @@ class Pipeline:
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.denoiser.parameters()).device
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether it takes prompts."""
+        return self.denoiser.conditions is not None and bool(self.denoiser.conditions.written)
 
     @property
     def fingerprint(self) -> str:
@@ -354,13 +375,19 @@ class Pipeline:
         if sampling.threshold != "none" and not self.spec.bounded:
             raise UndiffuseError(f"threshold={sampling.threshold} needs data with a declared range; this data has none")
 
-    def denoise(self, cond: Mapping[str, Tensor], sampling: Sampling, rows: int | None = None) -> Denoise:
-        """The denoiser bound to its condition, guided and thresholded as ``sampling`` says; ``rows``: see
-        :meth:`.Denoiser.together`."""
+    def denoise(
+        self,
+        cond: Mapping[str, Tensor],
+        sampling: Sampling,
+        rows: int | None = None,
+        against: Mapping[str, Tensor] | None = None,
+    ) -> Denoise:
+        """The denoiser bound to its condition, guided (away from ``against``, or the null condition) and thresholded as
+        ``sampling`` says; ``rows``: see :meth:`.Denoiser.together`."""
         self.check(cond, sampling)
 
         def denoise(x: Tensor, level: Level) -> Estimate:
-            question = Question(x, level, cond, self.denoiser.null(len(x)), sampling)
+            question = Question(x, level, cond, against or self.denoiser.null(len(x)), sampling)
             return answer_together(self.denoiser, [question], rows)[0]
 
         return denoise
@@ -379,19 +406,34 @@ class Pipeline:
         deque(trajectory(denoise, torch.zeros(1, 2), levels, sampling.solver, Streams(0, 1)), maxlen=1)
         return calls
 
-    def conditions(self, samples: Sequence[int], classes: Sequence[int | None] | None) -> dict[str, Tensor]:
-        """The condition of each sample: sample i gets ``classes[i % len(classes)]``.
+    def conditions(
+        self,
+        samples: Sequence[int],
+        classes: Sequence[int | None] | None,
+        prompts: Sequence[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """The condition of each sample: sample i gets ``classes[i % len(classes)]`` and ``prompts[i % len(prompts)]``.
 
-        None: every class in turn; a class of None asks for nothing in particular (the null class).
+        Without classes: every class in turn, or none in particular where there are prompts; a class of None asks for
+        nothing in particular (the null class). Without prompts, or with an empty one: the null text.
         """
-        names = self.denoiser.conditions.names if self.denoiser.conditions is not None else ()
-        if "classes" not in names:
+        conditions = self.denoiser.conditions
+        asked: dict[str, Tensor] = {}
+        if prompts is not None:
+            written = {} if conditions is None else conditions.written
+            if not written:
+                raise UndiffuseError("a prompt asked of a model without text; it was trained without captions")
+            if not prompts:
+                raise UndiffuseError("no prompt given: name one, or leave prompts out")
+            for name, part in written.items():
+                rows = part.read(prompts)
+                asked[name] = rows[torch.tensor([i % len(prompts) for i in samples])].to(self.device)
+        if conditions is None or "classes" not in conditions.names:
             if classes:
                 raise UndiffuseError("classes asked of a model without classes")
-            return self.denoiser.null(len(samples))
-        null = self.denoiser.null(1)["classes"]
-        count = int(null)
-        chosen = list(range(count)) if classes is None else list(classes)
+            return {**self.denoiser.null(len(samples)), **asked}
+        count = int(self.denoiser.null(1)["classes"])
+        chosen = list(classes) if classes is not None else list(range(count)) if prompts is None else [None]
         if not chosen:
             raise UndiffuseError("no class given: name one, or leave classes out for all in turn")
         for label in chosen:
@@ -399,7 +441,14 @@ class Pipeline:
                 raise UndiffuseError(f"class {label} does not exist: this model has 0 to {count - 1}")
         wanted = [chosen[i % len(chosen)] for i in samples]
         labels = torch.tensor([count if label is None else label for label in wanted], device=self.device)
-        return {**self.denoiser.null(len(samples)), "classes": labels}
+        return {**self.denoiser.null(len(samples)), **asked, "classes": labels}
+
+    def against(self, samples: int, label: int | None = None, prompt: str | None = None) -> dict[str, Tensor]:
+        """What guidance leads away from: a class, a prompt, both; where neither is given, the null condition."""
+        if label is None and not prompt:
+            return self.denoiser.null(samples)
+        classes = None if label is None else [label]
+        return self.conditions(range(samples), classes, None if prompt is None else [prompt])
 
     def settings(self, stated: dict[str, Any] | None = None, **changes: Any) -> Sampling:
         """The default settings (or those ``stated`` in a file's JSON) with some changed by name.
@@ -429,6 +478,8 @@ class Pipeline:
         *,
         seed: int = 0,
         classes: Sequence[int | None] | None = None,
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str | None = None,
         sampling: Sampling | None = None,
         image: Tensor | None = None,
         strength: float = 1.0,
@@ -437,20 +488,23 @@ class Pipeline:
         units) at that image with noise of level t = ``strength``, in (0, 1] (:func:`.image_to_image`)."""
         sampling = sampling or self.settings()
         numbers = range(samples) if isinstance(samples, int) else samples
-        cond = self.conditions(numbers, classes)
+        cond = self.conditions(numbers, classes, prompts)
         self.check(cond, sampling)
+        if negative_prompt and sampling.guidance_scale == 1:
+            raise UndiffuseError("a negative prompt acts through guidance: set a guidance scale other than 1")
+        against = self.against(len(numbers), prompt=negative_prompt)
         noise = Brownian(seed, numbers) if sampling.noise == "brownian" else Streams(seed, numbers)
         levels = sampling.grid.levels(self.config.schedule, sampling.steps)
         eps = noise.draw(self.spec.shape, torch.empty(0, device=self.device))
         # A deterministic network computes the same whatever training does around it: dropout is off.
         self.denoiser.eval()
         if image is None or strength == 1:
-            return Start(start(levels[0], eps), levels, sampling, noise, cond)
+            return Start(start(levels[0], eps), levels, sampling, noise, cond, against)
         first = self.config.schedule.first
         if not first <= strength < 1:
             raise UndiffuseError(f"strength must be from {first:.3g} (keep the input) to 1 (ignore it), got {strength}")
         levels = below(levels, strength)
-        return Start(levels[0].mix(image.to(eps).expand_as(eps), eps), levels, sampling, noise, cond)
+        return Start(levels[0].mix(image.to(eps).expand_as(eps), eps), levels, sampling, noise, cond, against)
 
     def frames(
         self,
@@ -458,12 +512,16 @@ class Pipeline:
         *,
         seed: int = 0,
         classes: Sequence[int | None] | None = None,
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str | None = None,
         sampling: Sampling | None = None,
         rows: int | None = None,
     ) -> Iterator[Frame]:
         """The trajectory of one batch, noise first: ``steps + 1`` frames in model units. Stop iterating to cancel."""
-        begun = self.begin(samples, seed=seed, classes=classes, sampling=sampling)
-        denoise = self.denoise(begun.cond, begun.sampling, rows)
+        begun = self.begin(
+            samples, seed=seed, classes=classes, prompts=prompts, negative_prompt=negative_prompt, sampling=sampling
+        )
+        denoise = self.denoise(begun.cond, begun.sampling, rows, begun.against)
         yield from trajectory(denoise, begun.x, begun.levels, begun.sampling.solver, begun.noise)
 
     def draw(
@@ -472,14 +530,16 @@ class Pipeline:
         *,
         seed: int = 0,
         classes: Sequence[int | None] | None = None,
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str | None = None,
         sampling: Sampling | None = None,
         batch_size: int = BATCH,
         rows: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """``[N, *shape]`` samples in model units, on the CPU; sample i is a function of ``(seed, i)`` and its class
-        alone. Its batch moves it by the rounding of the network, about 1e-6; with ``rows``, the number of rows that
-        every network call then has, by not a bit (on a CPU).
+        """``[N, *shape]`` samples in model units, on the CPU; sample i is a function of ``(seed, i)`` and what is
+        asked of it alone. Its batch moves it by the rounding of the network, about 1e-6; with ``rows``, the number of
+        rows that every network call then has, by not a bit (on a CPU).
 
         ``progress(done, total)`` counts steps over all batches. Raises if a sample is not finite.
         """
@@ -495,7 +555,8 @@ class Pipeline:
         drawn, total = [], len(batches) * sampling.steps
         for index, batch in enumerate(batches):
             last: deque[Frame] = deque(maxlen=1)
-            for frame in self.frames(batch, seed=seed, classes=classes, sampling=sampling, rows=rows):
+            asked = {"classes": classes, "prompts": prompts, "negative_prompt": negative_prompt}
+            for frame in self.frames(batch, seed=seed, sampling=sampling, rows=rows, **asked):
                 last.append(frame)
                 if progress is not None:
                     progress(index * sampling.steps + frame.index, total)
@@ -513,17 +574,48 @@ class Pipeline:
         *,
         seed: int = 0,
         classes: Sequence[int | None] | None = None,
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str | None = None,
         batch_size: int = BATCH,
         progress: Callable[[int, int], None] | None = None,
         **settings: Any,
     ) -> np.ndarray:
         """``[n, *data shape]`` samples in the data's own units, dtype and layout.
 
-        ``settings`` are fields of :class:`Sampling` (``steps=10, solver="heun", guidance_scale=2``).
+        Sample i gets ``classes[i % len(classes)]`` and ``prompts[i % len(prompts)]``; guidance leads away from
+        ``negative_prompt``. ``settings`` are fields of :class:`Sampling` (``steps=10, solver="heun"``).
         """
         sampling = self.settings(**settings)
-        x = self.draw(n, seed=seed, classes=classes, sampling=sampling, batch_size=batch_size, progress=progress)
+        x = self.draw(
+            n,
+            seed=seed,
+            classes=classes,
+            prompts=prompts,
+            negative_prompt=negative_prompt,
+            sampling=sampling,
+            batch_size=batch_size,
+            progress=progress,
+        )
         return self.spec.to_data(x)
+
+    def attention(self, prompt: str, *, seed: int = 0, **settings: Any) -> Attention:
+        """Sample 0 of ``seed``, and where the words of its prompt have acted: each token's share of the attention at
+        each place, a mean over layers, heads and the steps of the trajectory (guidance's other half left out)."""
+        sampling = self.settings(**settings)
+        texts = self.denoiser.conditions.written if self.denoiser.conditions is not None else {}
+        written = next(iter(texts.values()), None)
+        if written is None or not written.tokens(prompt):
+            raise UndiffuseError("attention is to the words of a prompt: give one with words, to a model with text")
+        tokens = written.tokens(prompt)[: written.length]
+        with attention_maps(self.denoiser.network) as maps:
+            x = self.draw([0], seed=seed, prompts=[prompt], sampling=sampling)
+        if not maps:
+            raise UndiffuseError("this network looks at no tokens")
+        size = [max(each.weights.shape[axis] for each in maps) for axis in range(2, maps[0].weights.ndim - 1)]
+        # The conditional row is the first of a call; padding has no weight.
+        each = [torch.movedim(m.weights[:1].mean(1), -1, 1)[:, : len(tokens)].cpu() for m in maps]
+        mean = torch.stack([nn.functional.interpolate(weights, size) for weights in each]).mean(0)[0]
+        return Attention(x, tuple(written.text([token]) for token in tokens), mean)
 
     def log_likelihood(
         self,

@@ -24,6 +24,7 @@ undiffuse sample runs/demo --out digits.npy -n 1000   the data's own units
 undiffuse sample runs/demo --out digits.webp       the way from noise to data
 undiffuse sample runs/demo --out folder/           one PNG a sample
 undiffuse sample --from samples.png                the same picture again
+undiffuse sample runs/shapes --prompt "two green triangles above a yellow circle"
 undiffuse sample runs/demo --solver ddpm --steps 250 --set noise=brownian
 """
 
@@ -38,6 +39,7 @@ class Sampled:
     dtype: str
     seed: int
     classes: tuple[str, ...] | None
+    prompts: tuple[str, ...] | None
     solver: str
     grid: str
     steps: int
@@ -54,6 +56,10 @@ def sample(
     grid: str | None = None,
     guidance_scale: float | None = None,
     classes: str | None = None,
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = (),
+    prompts: AnyPath | None = None,
+    negative_prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None,
+    attention: AnyPath | None = None,
     seed: int | None = None,
     batch_size: int | None = None,
     rows: int | None = None,
@@ -73,6 +79,10 @@ def sample(
         guidance_scale: 1 is the conditional model, 0 the unconditional one, more asks harder (default: the model's).
         classes: Numbers, names, ranges or `none`: `3`, `0-9`, `cat,dog`. Sample i gets class number i modulo how many
             are given (default: all in turn).
+        prompt: What a model with text shall make; may be repeated. Sample i gets prompt i modulo how many there are.
+        prompts: A text file with one prompt a line, after those of --prompt.
+        negative_prompt: What guidance leads away from.
+        attention: Also write a .png of where each word of the first prompt has acted in sample 0.
         seed: Sample i is a function of the seed and i (default 0).
         batch_size: Samples computed together (default 64); changes a sample by rounding only.
         rows: Fill every network call up to so many rows, as `undiffuse serve --exact --rows N` does: on a CPU the
@@ -90,7 +100,7 @@ def sample(
     """
     from ..config import override
     from ..distributed import joined
-    from ..outputs import check_target, describe, made_by, suffixes, write_samples
+    from ..outputs import check_target, describe, made_by, suffixes, write_attention, write_samples
     from ..pipeline import BATCH, REGISTRIES, Pipeline
 
     given = {
@@ -100,6 +110,8 @@ def sample(
         "grid": grid,
         "guidance_scale": guidance_scale,
         "classes": classes,
+        "prompt": [*prompt, *read_prompts(prompts)] or None,
+        "negative_prompt": negative_prompt,
         "seed": seed,
         "batch_size": batch_size,
         "rows": rows,
@@ -122,15 +134,33 @@ def sample(
             settings = override(settings, options.get("set", ()), REGISTRIES)
             count, seed, batch = options.get("number", 64), options.get("seed", 0), options.get("batch_size", BATCH)
             chosen = parse_classes(options["classes"], pipeline.spec.classes) if "classes" in options else None
+            asked, negative = options.get("prompt"), options.get("negative_prompt")
+            if attention is not None and (not asked or Path(attention).suffix.lower() != ".png"):
+                raise UndiffuseError("--attention names a .png and needs a --prompt, to whose words it is")
             target = Path(out or f"samples{suffixes(pipeline.spec)[0]}")
+            pipeline.begin([0], classes=chosen, prompts=asked, negative_prompt=negative, sampling=settings)  # refuses
             if team.first:
                 check_target(target, pipeline.spec)
         begun = time.monotonic()
         with progress_bar(team.first) as tick:
-            fixed = options.get("rows")
             write_samples(
-                target, pipeline, count, seed, chosen, settings, batch, tick, str(model), options, fixed, team
+                target,
+                pipeline,
+                count,
+                seed,
+                chosen,
+                settings,
+                batch,
+                tick,
+                str(model),
+                options,
+                options.get("rows"),
+                team,
+                prompts=asked,
+                negative_prompt=negative,
             )
+        if attention is not None and asked and team.first:
+            write_attention(Path(attention), pipeline, pipeline.attention(asked[0], seed=seed, **vars(settings)))
     shown = describe(settings)
     if settings in pipeline.tuned:
         shown["grid"] = "tuned"
@@ -141,6 +171,7 @@ def sample(
         dtype=pipeline.spec.dtype,
         seed=seed,
         classes=None if chosen is None else tuple("none" if c is None else pipeline.spec.classes[c] for c in chosen),
+        prompts=None if asked is None else tuple(asked),
         **shown,
         calls=pipeline.calls(settings),
         seconds=time.monotonic() - begun,
@@ -157,6 +188,20 @@ def report(sampled: Sampled) -> str:
         f"  {sampled.solver}, {sampled.grid} grid, {sampled.steps} steps, guidance {sampled.guidance_scale:g}: "
         f"{sampled.calls} network calls a sample"
     )
+
+
+def read_prompts(path: AnyPath | None) -> list[str]:
+    """The lines of a text file, without empty ones."""
+    if path is None:
+        return []
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UndiffuseError(f"--prompts {path}: cannot be read ({reason})") from None
+    if not (found := [line.strip() for line in lines if line.strip()]):
+        raise UndiffuseError(f"--prompts {path}: holds no prompt; write one a line")
+    return found
 
 
 def parse_classes(text: str, names: tuple[str, ...]) -> list[int | None]:

@@ -27,6 +27,7 @@ undiffuse train moons --recipe tiny        seconds, to see that it works
 undiffuse train ./photos --image-size 64   a folder of images, or folders of
                                            them, one a class
 undiffuse train mnist --data-root ~/data --minutes 30
+undiffuse train shapes --recipe text       pictures with captions: text to image
 undiffuse train ./photos --until-converged
 undiffuse train volumes.npy --set optimiser.lr=0.0005 --set training.keep=5
 """
@@ -78,9 +79,10 @@ def train(
 
     Args:
         data: A folder, .zip or .tar of images, a .npy or .npz file, hf:NAME[:SPLIT] of the Hugging Face Hub, or the
-            name of a data set: digits, mnist, moons, swissroll, checkerboard.
+            name of a data set: digits, mnist, moons, swissroll, checkerboard, shapes (with captions).
         out: The run folder (default: runs/ and the name of the data).
-        recipe: default, digits, mnist, points, images or tiny (seconds, for tests).
+        recipe: default, digits, mnist, points, images, text (pictures with captions) or tiny (seconds, for
+            tests).
         steps: Length of the run in updates.
         images: Length of the run in images seen.
         minutes: Length of the run in time; the speed of its first tenth decides how many images that is.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import final, overload
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class Dataset(ABC):
     name: str
     labels: np.ndarray | None
     fingerprint: str
-    texts: tuple[str, ...] | None = None
+    texts: Sequence[str] | None = None
     duplicates: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -62,6 +63,10 @@ class Dataset(ABC):
         values, labels = self.read(indices)
         cond = {} if labels is None else {"classes": torch.from_numpy(labels)}
         return self.spec.to_model(values), cond
+
+    def captions(self, indices: Sequence[int] | np.ndarray) -> list[str] | None:
+        """The captions of these items, or None."""
+        return None if self.texts is None else [self.texts[index] for index in positions(indices, len(self))]
 
     def origin(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Where these items are in the whole that was opened, int64: a part of a data set counts its own items."""
@@ -168,6 +173,28 @@ class ArrayDataset(Dataset):
         return values, None if self.labels is None else self.labels[where]
 
 
+@final
+class Picked(Sequence[str]):
+    """Some texts of another sequence, in the given order, fetched when they are asked for."""
+
+    def __init__(self, whole: Sequence[str], indices: np.ndarray) -> None:
+        self._whole, self._indices = whole, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return Picked(self._whole, self._indices[index])
+        return self._whole[int(self._indices[index])]
+
+
 class Subset(Dataset):
     """Some items of another data set, in the given order."""
 
@@ -175,7 +202,7 @@ class Subset(Dataset):
         self._whole, self._indices = whole, positions(indices, len(whole))
         self.spec, self.name = whole.spec, whole.name
         self.labels = None if whole.labels is None else whole.labels[self._indices]
-        self.texts = None if whole.texts is None else tuple(whole.texts[index] for index in self._indices)
+        self.texts = None if whole.texts is None else Picked(whole.texts, self._indices)
         self.duplicates, self.notes = whole.duplicates, whole.notes
         self.fingerprint = digest(whole.fingerprint, self._indices.tobytes())
 

@@ -18,6 +18,7 @@ from .folder import Files, Images, Reader
 from .huggingface import PREFIX, Rows, is_saved
 from .images import MIN_SIDE, Channels, Size
 from .metadata import LABELS
+from .shapes import Shapes, shapes
 from .sounds import Sounds
 from .store import Folder, Store, Tar, Zip, printable
 from .tables import open_table
@@ -32,6 +33,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "moons": named.moons,
     "swissroll": named.swissroll,
     "checkerboard": named.checkerboard,
+    "shapes": shapes,
 }
 """Every factory takes ``seed`` and ``data_root``."""
 
@@ -131,6 +133,8 @@ def _named(dataset: Dataset, size: Size, channels: Channels) -> Dataset:
         raise UndiffuseError(f"{dataset.name}: has {dataset.spec.channels} channels, channels={channels} was asked for")
     if size is None:
         return dataset
+    if isinstance(dataset, Shapes):
+        return dataset.at(size)
     if not isinstance(dataset, ArrayDataset):
         raise TypeError(f"{dataset.name}: a named data set must be an ArrayDataset to be resized")
     return resized(dataset, size)

@@ -19,6 +19,7 @@ from typing import Any, final
 import numpy as np
 
 from ..errors import UndiffuseError, UndiffuseWarning, unknown
+from ..tokens import learn
 from .base import Dataset, digest, positions
 from .images import Channels, Decoded, Header, Size, Target, decode, is_image, read_header
 from .metadata import LABELS, Metadata, read_metadata
@@ -169,8 +170,8 @@ class Files(Dataset):
             notes += more
         classes, self.labels, more = _classes(self._entries, about, labels, self.name)
         notes += [*about.notes, *more]
-        self.spec = replace(form.spec, classes=classes)
         self.texts = tuple(about.texts.get(entry.path, "") for entry in self._entries) if about.texts else None
+        self.spec = replace(form.spec, classes=classes, vocabulary=learn(self.texts or ()))
         self.fingerprint = digest(
             repr(self.spec),
             *(entry.fact for entry in self._entries),

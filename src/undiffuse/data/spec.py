@@ -9,7 +9,7 @@ own minimum and maximum hides wrong colours.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from math import isfinite
 from typing import TypeVar
 
@@ -43,6 +43,7 @@ class DataSpec:
     ``resize``   the filter with which the items were brought to this size, ``None`` if they were not touched
     ``names``   of the coordinates of points, where the data name them
     ``rate``   samples a second, for sounds
+    ``vocabulary``   the pieces that captions are made of (:func:`undiffuse.tokens.learn`), where the data have captions
     """
 
     kind: str
@@ -57,6 +58,7 @@ class DataSpec:
     resize: str | None = None
     names: tuple[str, ...] = ()
     rate: int | None = None
+    vocabulary: tuple[str, ...] = field(default=(), repr=False)  # the captions are in the fingerprint themselves
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -192,19 +194,20 @@ class DataSpec:
         return list(np.ascontiguousarray(eight[:, 0]))
 
     def to_json(self) -> dict[str, object]:
-        """Plain values for JSON; :meth:`from_json` is the inverse."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """Plain values for JSON, without a vocabulary where there is none; :meth:`from_json` is the inverse."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: value for name, value in values.items() if name != "vocabulary" or value}
 
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> DataSpec:
         """The spec that :meth:`to_json` wrote. Unknown, missing and mistyped keys are refused."""
         if not isinstance(values, Mapping):
             raise UndiffuseError(f"data spec: an object is expected, got {type(values).__name__}")
-        names = [field.name for field in fields(cls)]
+        names = [each.name for each in fields(cls)]
         for key in values:
             if key not in names:
                 raise unknown("key of the data spec", key, names)
-        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
+        missing = [each.name for each in fields(cls) if each.default is MISSING and each.name not in values]
         if missing:
             raise UndiffuseError(f"data spec: {', '.join(missing)} missing")
 
@@ -230,6 +233,7 @@ class DataSpec:
             resize=optional("resize", _text),
             names=several("names", _text),
             rate=optional("rate", _whole),
+            vocabulary=several("vocabulary", _text),
         )
 
     def _column(self, constants: tuple[float, ...], dtype: type) -> np.ndarray:

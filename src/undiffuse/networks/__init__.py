@@ -220,5 +220,5 @@ def describe(network: Network, shape: Sequence[int]) -> Cost:
         vector = torch.zeros(1, twin.condition_width) if twin.condition_width else None
         tokens = torch.zeros(1, TOKENS, twin.token_width) if twin.token_width else None
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            twin(torch.zeros(1, *shape), torch.zeros(1), vector, tokens)
+            twin(torch.zeros(1, twin.in_channels, *shape[1:]), torch.zeros(1), vector, tokens)
     return Cost(sum(p.numel() for p in network.parameters()), counter.get_total_flops())

@@ -226,6 +226,8 @@ def classes_of(form: How, prompt: str, pipeline: Pipeline, samples: int) -> list
         if prompt.strip():
             raise Refused(400, "give class_labels or a prompt, not both", "class_labels", "invalid_value")
         return [labels[i % len(labels)] for i in range(samples)]
+    if pipeline.takes_prompts:  # then the prompt is a text
+        return None
     if not prompt.strip():
         return [i % len(names) for i in range(samples)] if names else None
     if not names:
@@ -242,11 +244,20 @@ def against_of(form: How, pipeline: Pipeline, sampling: Sampling) -> int | None:
         raise Refused(
             400, "at guidance_scale 1 a negative prompt does nothing: ask for more", "negative_prompt", "invalid_value"
         )
+    if pipeline.takes_prompts:
+        return None
     names = pipeline.spec.classes if "classes" in pipeline.denoiser.null(1) else ()
     chosen = _classes(form.negative_prompt or "", names, "negative_prompt") if names else []
     if len(chosen) != 1:
         raise Refused(400, "a negative prompt is one class of this model", "negative_prompt", "invalid_value")
     return chosen[0]
+
+
+def texts_of(form: How, prompt: str, pipeline: Pipeline) -> dict[str, Any]:
+    """What a model with text is asked for, and what guidance leads it away from."""
+    if not pipeline.takes_prompts:
+        return {}
+    return {"prompts": [prompt], "negative_prompt": form.negative_prompt}
 
 
 def _classes(text: str, names: tuple[str, ...], param: str) -> list[int | None]:

@@ -58,6 +58,7 @@ class Request:
         samples: the numbers of the samples; sample i is a function of ``(seed, i)``.
         classes: one for each of the samples; None in it: of no class in particular. None: no classes.
         against: what guidance leads away from, a class for all samples; None: the null class.
+        prompts, negative_prompt: of a model with text; sample i gets prompt ``i % len(prompts)``.
         image, strength: begin at this image (``[1, *shape]``, model units) with noise of level t = ``strength``.
         keep: ``[1, *shape]`` or broadcast to it, True where the image must stay as it is; needs ``image``.
         seconds: how long it may take, waiting included; None: as long as it takes.
@@ -70,6 +71,8 @@ class Request:
     seed: int = 0
     classes: Sequence[int | None] | None = None
     against: int | None = None
+    prompts: Sequence[str] | None = None
+    negative_prompt: str | None = None
     image: Tensor | None = None
     strength: float = 1.0
     keep: Tensor | None = None
@@ -232,9 +235,8 @@ class Engine:
         if request.keep is not None and request.image is None:
             raise UndiffuseError("a mask needs the image that it keeps")
         # All that can be wrong is wrong here and not on the engine's thread; the noise of the rest is drawn there.
-        pipeline.conditions(request.samples, request.classes)
-        if request.against is not None:
-            pipeline.conditions(request.samples, [request.against])
+        pipeline.conditions(request.samples, request.classes, request.prompts)
+        pipeline.against(1, request.against, request.negative_prompt)
         begun = self._start(replace(request, samples=request.samples[:1]))
         calls = (len(begun.levels) - 1) * sampling.solver.calls + sampling.solver.extra
         with self._changed:
@@ -267,6 +269,7 @@ class Engine:
             request.samples,
             seed=request.seed,
             classes=request.classes,
+            prompts=request.prompts,
             sampling=request.sampling,
             image=request.image,
             strength=request.strength,
@@ -366,9 +369,7 @@ class Engine:
         try:
             begun = self._start(request)
             job.cond = begun.cond
-            job.against = pipeline.denoiser.null(len(request.samples))
-            if request.against is not None:
-                job.against = pipeline.conditions(request.samples, [request.against])
+            job.against = pipeline.against(len(request.samples), request.against, request.negative_prompt)
             if request.keep is not None and request.image is not None:
                 known, keep = request.image.to(begun.x).expand_as(begun.x), request.keep.to(begun.x.device)
                 job.wrap = lambda denoise: keep_known(denoise, known, keep)

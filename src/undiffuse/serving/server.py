@@ -624,6 +624,7 @@ def _asked(
         seed=api.seed_of(form),
         classes=api.classes_of(form, prompt, pipeline, count),
         against=api.against_of(form, pipeline, sampling),
+        **api.texts_of(form, prompt, pipeline),
         seconds=_left(service, request),
         **more,
     )

@@ -606,12 +606,14 @@ def check_overfit(patient: Patient, updates: int = 150, seconds: float = 12.0) -
         denoiser.input_scale,
         learned_variance=denoiser.learned_variance,
     )
-    x0, given = patient.dataset.batch(np.unique(np.linspace(0, len(patient.dataset) - 1, count).astype(np.int64)))
+    items = np.unique(np.linspace(0, len(patient.dataset) - 1, count).astype(np.int64))
+    x0, told = patient.dataset.batch(items)
     eps = torch.randn(x0.shape, generator=generator(patient.seed, "doctor", 0))
     t = objective.times((torch.arange(len(x0), dtype=torch.float64) + 0.5) / len(x0), denoiser.schedule)
-    names = () if denoiser.conditions is None else denoiser.conditions.names
-    null = denoiser.null(len(x0))  # what the data do not say, such as how they were augmented
-    cond = {name: given.get(name, null[name]).to(patient.device) for name in names}
+    cond = denoiser.null(len(x0))  # what the data do not say, such as how they were augmented
+    if denoiser.conditions is not None:
+        given = denoiser.conditions.values(told, patient.dataset.captions(items))
+        cond |= {name: values.to(patient.device) for name, values in given.items()}
     bar = float(loss(trivial, x0, t, eps, objective.weight, huber=objective.huber).mean())
     x0, eps = x0.to(patient.device), eps.to(patient.device)
     adam = torch.optim.AdamW(denoiser.parameters(), lr=choice.lr, betas=choice.betas, eps=choice.eps)

@@ -196,12 +196,10 @@ class HeldOut:
         if objective.offset_noise:
             shift = torch.stack([torch.randn(x0.shape[1], generator=each) for each in streams])
             eps = offset_noise(eps, shift, objective.offset_noise)
-        wanted = () if denoiser.conditions is None else denoiser.conditions.names
-        given = {
-            **denoiser.null(len(x0)),
-            **{name: values.to(self.device) for name, values in cond.items() if name in wanted},
-        }
-        if given and denoiser.conditions is not None:
+        given = denoiser.null(len(x0))
+        if denoiser.conditions is not None:
+            told = denoiser.conditions.values(cond, self.dataset.captions(self.items[part]))
+            given |= {name: values.to(self.device) for name, values in told.items()}
             given = denoiser.conditions.drop(given, self.dropped[part], objective.condition_dropout)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.training.precision == "bf16"):
             return loss(

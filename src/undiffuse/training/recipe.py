@@ -43,8 +43,10 @@ class Model:
         family: a name in ``NETWORKS``; None chooses by the data, an MLP for points and a U-Net for the rest.
         network: options of the network that override what the dial chose (``{"dropout": 0.1}``).
         schedule, prediction, label, input_scale, learned_variance: as for :class:`undiffuse.Denoiser`.
-        conditional: learn the classes, where the data has them.
+        conditional: learn the classes and the captions, where the data has them.
         condition_width: length of the vector that a condition is embedded in.
+        text_length: most tokens of a caption.
+        text_layers, token_width: of the transformer that reads it.
     """
 
     size: str = "small"
@@ -56,17 +58,29 @@ class Model:
     input_scale: InputScale = NoScale()
     conditional: bool = True
     condition_width: int = 64
+    text_length: int = 64
+    text_layers: int = 2
+    token_width: int = 64
     learned_variance: bool = False
 
     def config(self, spec: DataSpec, told: int = 0) -> ModelConfig:
         """All that builds the denoiser for data of this spec, which is ``told`` so many numbers of augmentation."""
         classes = len(spec.classes) if self.conditional else 0
         conditions: dict[str, dict[str, Any]] = {"classes": {"kind": "classes", "classes": classes}} if classes else {}
+        if self.conditional and spec.vocabulary and spec.kind != "points":
+            conditions["text"] = {
+                "kind": "text",
+                "vocabulary": list(spec.vocabulary),
+                "length": self.text_length,
+                "token_width": self.token_width,
+                "layers": self.text_layers,
+            }
         if told:
             conditions["augmentation"] = {"kind": "augmentation", "size": told}
         width = self.condition_width if conditions else 0
         out = spec.channels * (2 if self.learned_variance else 1)
-        name, options = sized(spec.shape, self.size, width, out, self.family)
+        tokens = self.token_width if "text" in conditions else 0
+        name, options = sized(spec.shape, self.size, width, out, self.family, tokens)
         with torch.device("meta"):  # only to hear its complaints and its defaults: no weights, no random numbers
             complete = dict(build(name, {**options, **self.network}).config)
         return ModelConfig(

@@ -110,6 +110,36 @@ def images(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
     )
 
 
+def text(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
+    """Small colour pictures with captions, such as ``shapes``."""
+    network = {"widths": [48, 128], "blocks": [2, 3], "attention": [1], "embedding": 192}
+    return Recipe(
+        name="text",
+        model=Model(
+            size=size or "small",
+            network={} if size else network,
+            condition_width=128,
+            text_length=16,
+            text_layers=2,
+            token_width=96,
+        ),
+        objective=Objective(times=Stratified(LogitNormalTimes(0.0, 1.0))),
+        optimiser=Optimiser(lr=2e-3, warmup=6_400, decay="linear"),
+        training=Training(
+            images=400_000,
+            batch_size=64,
+            precision="bf16",
+            log_every=50,
+            preview_every=1000,
+            checkpoint_every=1000,
+            previews=64,
+            evaluate_every=1000,
+        ),
+        ema=Averaging(half_life=25_000),
+        sampling=Sampling(solver=DPMpp2M(), grid=Uniform(), steps=20, guidance_scale=3.0),
+    )
+
+
 def tiny(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
     """Twenty updates of the smallest network, for data of any kind: a test that everything works, not a good model."""
     return Recipe(
@@ -137,6 +167,7 @@ RECIPES: dict[str, Make] = {
     "mnist": mnist,
     "points": points,
     "images": images,
+    "text": text,
     "tiny": tiny,
 }
 """Every recipe by name."""

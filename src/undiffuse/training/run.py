@@ -558,11 +558,25 @@ class _Run:
         pipeline, number = self.trainer.pipeline(), self.recipe.training.previews
         suffix = suffixes(pipeline.spec)[0]
         target = self.out / "samples" / f"preview-{self.trainer.step:06d}{suffix}"
-        options = {} if number == 64 else {"number": number}
+        options: dict[str, Any] = {} if number == 64 else {"number": number}
+        # The first captions, so that a row can be read across the previews of a run.
+        prompts = self.whole.captions(range(min(8, len(self.whole)))) if pipeline.takes_prompts else None
+        if prompts:
+            options["prompt"] = prompts
         with _tolerant(f"no preview at update {self.trainer.step}"):
             target.parent.mkdir(exist_ok=True)
             write_samples(
-                target, pipeline, number, PREVIEW_SEED, None, pipeline.sampling, BATCH, None, str(self.out), options
+                target,
+                pipeline,
+                number,
+                PREVIEW_SEED,
+                None,
+                pipeline.sampling,
+                BATCH,
+                None,
+                str(self.out),
+                options,
+                prompts=prompts,
             )
             if self.tracker is not None and suffix == ".png":
                 self.tracker.picture(self.trainer.step, target)

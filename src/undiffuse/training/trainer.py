@@ -435,8 +435,8 @@ class Trainer:
         x0, told = self.recipe.augment(x0, self.seed, epochs, indices)
         if told is not None:
             cond["augmentation"] = told
-        wanted = () if self.denoiser.conditions is None else self.denoiser.conditions.names
-        return x0, {name: values for name, values in cond.items() if name in wanted}
+        conditions = self.denoiser.conditions
+        return x0, {} if conditions is None else conditions.values(cond, self.dataset.captions(indices))
 
 
 def check_inputs_matter(denoiser: Denoiser, x0: Tensor, cond: dict[str, Tensor]) -> None:
