@@ -218,6 +218,14 @@ def test_stopped_anywhere_it_goes_on_to_the_same_result(tmp_path: Path, monkeypa
     assert found.state == "finished"
 
 
+def test_other_sampling_settings_sample_anew_from_the_same_runs(tmp_path: Path) -> None:
+    first = compared(tmp_path, "lr=0.01,0.02", "sampling.steps=2", seeds=1)
+    then = compared(tmp_path, "lr=0.01,0.02", "sampling.steps=5", seeds=1)
+    assert first.fingerprints != then.fingerprints
+    assert then.of(then.arms[0], "frechet") != first.of(first.arms[0], "frechet")
+    assert then.runs[0].curve == first.runs[0].curve
+
+
 def test_an_arm_that_diverges_is_a_result(tmp_path: Path) -> None:
     found = compared(tmp_path, "lr=0.01,1e30", "optimiser.clip=1e30", seeds=1)
     assert [run.state for run in found.runs] == ["finished", "diverged"]

@@ -32,7 +32,7 @@ from ..config import override, to_json, write_bytes_atomic, write_json_atomic
 from ..data import Dataset
 from ..data.base import digest
 from ..errors import UndiffuseError, choose
-from ..pipeline import BATCH, REGISTRIES, Pipeline, resolve_device
+from ..pipeline import BATCH, REGISTRIES, Pipeline, Sampling, resolve_device
 from ..training import Progress, Recipe, run_training
 from ..training.checkpoint import Lock
 from ..training.held_out import draws
@@ -354,7 +354,7 @@ def run_comparison(
                     say(f"{arm.name}, seed {seed}: {error}")
                     result()
                     continue
-                runs[arm.name, seed] = instrument.measure(runs[arm.name, seed], out, device, say)
+                runs[arm.name, seed] = instrument.measure(runs[arm.name, seed], arm.recipe.sampling, out, device, say)
                 result()
         return result()
 
@@ -405,7 +405,9 @@ class Instrument:
         """The class asked of each sample, as frequent as in the data (trap G6); None for a model without classes."""
         return class_plan(pipeline, self.dataset, self.samples, "data")[0]
 
-    def draw(self, pipeline: Pipeline, seed: int, folder: Path, say: Callable[[str], None]) -> np.ndarray:
+    def draw(
+        self, pipeline: Pipeline, sampling: Sampling, seed: int, folder: Path, say: Callable[[str], None]
+    ) -> np.ndarray:
         """The samples ``[n, *shape]`` in the data's units; those that are in the folder are read."""
         parts = []
         for start in range(0, self.samples, BATCH):
@@ -413,11 +415,11 @@ class Instrument:
             path = folder / f"{start:06d}-{numbers[-1]:06d}.npy"
             if not path.is_file():
                 if start == 0:
-                    say(f"sampling   {self.samples:,} samples in {pipeline.sampling.steps} steps")
+                    say(f"sampling   {self.samples:,} samples in {sampling.steps} steps")
                 folder.mkdir(parents=True, exist_ok=True)
-                x = pipeline.spec.to_data(pipeline.draw(numbers, seed=seed, classes=self.asked(pipeline)))
+                drawn = pipeline.draw(numbers, seed=seed, classes=self.asked(pipeline), sampling=sampling)
                 buffer = BytesIO()
-                np.save(buffer, x, allow_pickle=False)
+                np.save(buffer, pipeline.spec.to_data(drawn), allow_pickle=False)
                 write_bytes_atomic(path, buffer.getvalue())
             try:
                 parts.append(np.load(path, allow_pickle=False))
@@ -425,13 +427,13 @@ class Instrument:
                 raise UndiffuseError(f"{path}: cannot be read; remove it, and it is made again") from None
         return np.concatenate(parts)
 
-    def measure(self, run: Run, out: Path, device: str, say: Callable[[str], None]) -> Run:
+    def measure(self, run: Run, sampling: Sampling, out: Path, device: str, say: Callable[[str], None]) -> Run:
         """The run with its figures and samples."""
         pipeline = Pipeline.load(run.path, device)
-        sampling = json.dumps(to_json(pipeline.sampling, REGISTRIES), sort_keys=True)
-        key = digest(pipeline.fingerprint, sampling, str(run.seed), json.dumps(self.asked(pipeline)))
+        stated = json.dumps(to_json(sampling, REGISTRIES), sort_keys=True)
+        key = digest(pipeline.fingerprint, stated, str(run.seed), json.dumps(self.asked(pipeline)))
         folder = out / "samples" / f"{run.path.name}-{self.samples}-{key[:12]}"
-        values = self.draw(pipeline, run.seed, folder, say)
+        values = self.draw(pipeline, sampling, run.seed, folder, say)
         self.kept[run.path] = sampled = examples(self.dataset, extract(self.features, values), self.asked(pipeline))
         figures = measure(sampled, self.data, held_out=self.real, allow_small=True)
         rows = [json.loads(line) for line in (run.path / "held_out.jsonl").read_text().splitlines() if line]
