@@ -10,12 +10,12 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench docs
+.PHONY: help demo test test-all lint bench studio-model docs
 
 help: ## this list
 	@echo "undiffuse: diffusion models from noise to sample"
 	@echo
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo
 	@echo "Without make: python3 -m venv .venv && .venv/bin/pip install -c constraints.txt torch==2.13.0"
 	@echo "              .venv/bin/pip install -c constraints.txt -e '.[demo,plot,serve,dev]'"
@@ -45,6 +45,10 @@ test-all: lint ## the same, and the slow tests
 bench: $(READY) ## every benchmark, one table each (quiet machine, please)
 	@unset OMP_NUM_THREADS; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
+studio-model: $(READY) ## train the small model that ships with the studio again (a minute)
+	@unset OMP_NUM_THREADS; $(BIN)/python -m undiffuse.studio.remake
+
 docs: $(READY) ## draw the pictures of the documentation again and run its code blocks
 	$(BIN)/python docs/pictures.py
+	$(BIN)/python docs/screenshots.py
 	$(BIN)/pytest tests/test_docs.py

@@ -567,6 +567,8 @@ def routes(studio: Studio) -> APIRouter:
     @router.get("/studio/state")
     async def state(request: Request) -> dict[str, Any]:
         studio.admit(request)
+        # A page that is opened at once waits for the model instead of asking again.
+        await asyncio.to_thread(studio.service.loaded.wait, 20)
         return plain(described(studio))
 
     @router.post("/studio/pictures")

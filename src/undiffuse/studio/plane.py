@@ -38,9 +38,9 @@ from .labs import velocity
 
 REACH = 3.0  # the page shows [-REACH, REACH]^2
 LATTICE = 21
-CELLS = 56
+CELLS = 48
 PARTICLES = 400
-FINE = 200
+FINE = 80
 MOST = 600  # points of a distribution
 
 
@@ -69,7 +69,7 @@ class Cloud:
 
     def density(self, x: Tensor, level: Level) -> Tensor:
         """``[B]``, at one level."""
-        _, _, log_p, variance = self._posterior(x, level)
+        _, _, log_p, variance = replace(self, points=self.points.to(x))._posterior(x, level)
         return torch.exp(log_p).mean(1) / (2 * pi * float(variance))
 
     def draw(self, count: int, seed: int = 0) -> Tensor:
@@ -183,7 +183,7 @@ class View:
 
     def density(self) -> Tensor:
         """``[F, CELLS^2]`` uint8, each level relative to its maximum."""
-        where = lattice(CELLS).double()
+        where = lattice(CELLS)
         each = []
         for level in self.levels:
             p = self.cloud.density(where * float(torch.hypot(level.alpha, level.sigma)), level)

@@ -1,12 +1,12 @@
 """Make the model that ships with the studio again: ``python -m undiffuse.studio.remake`` (a minute on two quiet cores).
 
-It is the model of ``undiffuse demo``, and the first digit of each class to begin from.
+It is the model of ``undiffuse demo`` with its weights rounded to 16 bits (samples move by about 0.001 of the data's
+deviation), and the first digit of each class to begin from.
 """
 
 from __future__ import annotations
 
 import io
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 from ..commands.train import train
 from ..config import write_bytes_atomic
 from ..data import open_dataset
+from ..pipeline import Pipeline
 from .app import MODEL
 
 
@@ -32,8 +33,8 @@ def remake(folder: Path = MODEL) -> None:
     """Train, and replace what is in ``folder``."""
     with tempfile.TemporaryDirectory() as out:
         train("digits", out=Path(out) / "run", recipe="digits", seed=0)
-        for name in ("model.safetensors", "pipeline.json"):
-            shutil.copy(Path(out) / "run" / "model" / name, folder / name)
+        pipeline = Pipeline.load(Path(out) / "run")
+        pipeline.save(folder, {name: weight.half() for name, weight in pipeline.denoiser.state_dict().items()})
     write_bytes_atomic(folder / "examples.npz", examples())
 
 

@@ -3,14 +3,19 @@
 import * as api from "./api.js";
 import * as state from "./state.js";
 import { el } from "./view.js";
+import guidance from "./guidance.js";
+import plane from "./plane.js";
+import runs from "./runs.js";
+import solvers from "./solvers.js";
 import time from "./time.js";
+import walk from "./walk.js";
 
 /** @typedef {{snippets?: () => Record<string, string>, picture?: () => HTMLCanvasElement | null, animation?: () => object | null,
  *  close?: () => void}} Open */
 /** @typedef {{title: string, words: string, open: (root: HTMLElement, world: any, again: () => void) => Open}} Lab */
 
 /** @type {Record<string, Lab>} */
-const LABS = { time };
+const LABS = { time, solvers, guidance, plane, runs, walk };
 
 const main = /** @type {HTMLElement} */ (document.getElementById("main"));
 const nav = /** @type {HTMLElement} */ (document.getElementById("labs"));

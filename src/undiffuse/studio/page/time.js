@@ -3,18 +3,12 @@
 import * as api from "./api.js";
 import { asked, choice, classChoices, modelOf, shared, slider, snippets, whole, why } from "./controls.js";
 import * as state from "./state.js";
-import { aspect, Chart, draw, el, reach, short, sizeOf, together } from "./view.js";
+import { aspect, Chart, draw, el, item, nearest, reach, short, sizeOf, together } from "./view.js";
 
 /** @typedef {import("./api.js").Message} Message */
 
 /** What is on the screen, for whoever looks from outside (tests). @type {Record<string, any>} */
 export const now = {};
-
-/** Row `i` of the last axes of `[.., B, *shape]`. @param {import("./api.js").Array} array @param {number} size @param {number} i */
-const item = (array, size, i) => /** @type {Float32Array} */ (array.data.subarray(i * size, (i + 1) * size));
-
-/** The frame whose time is nearest. @param {number[]} times @param {number} t */
-export const nearest = (times, t) => times.reduce((best, _, i) => (Math.abs(times[i] - t) < Math.abs(times[best] - t) ? i : best), 0);
 
 /** (alpha, sigma) at any time, between the points of the model's schedule. @param {{alpha: number[], sigma: number[]}} model @param {number} t */
 export function levelAt(model, t) {
@@ -114,7 +108,7 @@ export default {
       ticks.replaceChildren(...trace.t.map((/** @type {number} */ t) => { const i = el("i"); i.style.left = `${100 * t}%`; return i; }));
       const ts = Array.from(model.alpha, (_, i) => i / (model.alpha.length - 1));
       levels.draw([{ name: "signal α", x: ts, y: model.alpha }, { name: "noise σ", x: ts, y: model.sigma, tone: 2 },
-        { name: "grid", x: trace.t, y: trace.sigma, tone: 2, dots: true }]);
+        { name: "", x: trace.t, y: trace.sigma, tone: 2, dots: true }]);
       const change = trace.t.slice(0, -1).map((_, /** @type {number} */ f) => {
         let sum = 0;
         const [a, b] = [item(trace.arrays.x, size * count, f), item(trace.arrays.x, size * count, f + 1)];
@@ -268,7 +262,7 @@ export default {
               leave();
             } }, "Go on from this x"),
             el("button", { type: "button", id: "unbranch", onclick: () => { offshoot = undefined; state.set({ branch: null }); lay(); } }, "Forget the branch")),
-          el("p"), branchSheet),
+          branchSheet),
         el("div", { class: "two" },
           el("section", { class: "card" }, el("h2", {}, "Signal and noise"), levels.element),
           el("section", { class: "card" }, el("h2", {}, "Change per step"), changes.element))));

@@ -84,6 +84,12 @@ function plot(canvas, pen, spec, values, range) {
   pen.stroke();
 }
 
+/** Row `i` of an array, `size` numbers each. @param {import("./api.js").Array} array @param {number} size @param {number} i */
+export const item = (array, size, i) => /** @type {Float32Array} */ (array.data.subarray(i * size, (i + 1) * size));
+
+/** The place of the nearest value. @param {number[]} values @param {number} value */
+export const nearest = (values, value) => values.reduce((best, _, i) => (Math.abs(values[i] - value) < Math.abs(values[best] - value) ? i : best), 0);
+
 /** A canvas of a sheet of canvases, as it is seen: for saving. @param {HTMLCanvasElement[]} canvases @param {number} columns */
 export function together(canvases, columns) {
   const gap = 4;
@@ -118,7 +124,7 @@ function svg(tag, given, words) {
 
 /** A chart that can be drawn again and again. */
 export class Chart {
-  /** @param {string} title @param {string} across @param {string} up @param {{log?: boolean, logAcross?: boolean}} [how] */
+  /** @param {string} title @param {string} across @param {string} up @param {{log?: boolean, logAcross?: boolean, least?: number}} [how] */
   constructor(title, across, up, how = {}) {
     this.title = title;
     this.across = across;
@@ -126,7 +132,7 @@ export class Chart {
     this.how = how;
     this.svg = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": title });
     this.legend = el("p", { class: "legend" });
-    this.element = el("div", { class: "chart" }, this.svg, this.legend);
+    this.element = el("div", { class: "chart", hidden: true }, this.svg, this.legend);
     this.cursor = svg("line", { class: "cursor", y1: TOP, y2: HEIGHT - BOTTOM, visibility: "hidden" });
     /** @type {(x: number) => number} */
     this.place = () => 0;
@@ -138,10 +144,11 @@ export class Chart {
     const value = (/** @type {any} */ v, /** @type {boolean} */ l) => (v === null || (l && v <= 0) ? NaN : l ? Math.log10(v) : Number(v));
     const flat = lines.flatMap((line) => Array.from(line.x, (x, i) => [value(x, logAcross), value(line.y[i], log)]));
     const seen = flat.filter(([x, y]) => Number.isFinite(x) && Number.isFinite(y));
+    this.element.hidden = !seen.length;
     const span = (/** @type {number} */ axis) => {
       let low = Infinity, high = -Infinity;
       for (const point of seen) [low, high] = [Math.min(low, point[axis]), Math.max(high, point[axis])];
-      if (!seen.length) return [0, 1];
+      if (axis === 1 && this.how.least !== undefined) [low, high] = [Math.min(low, this.how.least), Math.max(high, this.how.least + 1)];
       return high - low > 1e-12 ? [low, high] : [low - 0.5, high + 0.5];
     };
     const [[left, right], [bottom, top]] = [span(0), span(1)];
@@ -196,6 +203,12 @@ function ticks(low, high, log) {
     const every = Math.ceil((high - low) / 5);
     const first = Math.ceil(low - 1e-9);
     return Array.from({ length: Math.floor((high - first) / every + 1e-9) + 1 }, (_, i) => first + i * every);
+  }
+  if (log) {
+    const nice = [];
+    for (let k = Math.floor(low); k <= high; k++) for (const m of [1, 1.5, 2, 3, 4, 5, 6, 8]) nice.push(k + Math.log10(m));
+    const inside = nice.filter((v) => v >= low - 1e-9 && v <= high + 1e-9);
+    return inside.filter((_, i) => i % Math.ceil(inside.length / 5) === 0);
   }
   const raw = (high - low) / 4;
   const power = 10 ** Math.floor(Math.log10(raw));

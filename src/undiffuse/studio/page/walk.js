@@ -1,0 +1,125 @@
+// Lab 6: what lies between noises. Great circles keep noise noise; a straight line would pass through something quieter.
+
+import * as api from "./api.js";
+import { asked, choice, classChoices, modelOf, shared, slider, why } from "./controls.js";
+import * as state from "./state.js";
+import { aspect, draw, el, item, reach, short, sizeOf, together } from "./view.js";
+
+/** @typedef {import("./api.js").Message} Message */
+
+const ACROSS = 9;
+
+/** What is on the screen, for whoever looks from outside (tests). @type {Record<string, any>} */
+export const now = {};
+
+export default {
+  title: "Walk",
+  words: "Between two noises lies a whole road of noises, and each becomes data. Walk across and down, or through the classes.",
+  /** @param {HTMLElement} root @param {any} world @param {() => void} again */
+  open(root, world, again) {
+    const model = modelOf(world);
+    const size = sizeOf(model);
+    /** @type {Message | undefined} */ let made;
+    const classy = model.classes.length > 0;
+    const down = () => (classy ? state.text("down", "noise") : "noise");
+    const corners = () => {
+      const given = state.text("corners").split(",").map(Number).filter((n) => Number.isSafeInteger(n) && n >= 0);
+      return given.length === 4 ? given : [0, 1, 2, 3];
+    };
+    const usual = String(3 % Math.max(1, model.classes.length));
+    const ask = () => ({
+      base: asked(world, { n: 1, ...(classy ? { classes: [state.text("wclass", usual) === "none" ? null : state.number("wclass", Number(usual))] } : {}) }),
+      corners: corners(), columns: ACROSS, rows: down() === "classes" ? Math.min(12, model.classes.length) : 7, down: down(),
+    });
+    const sheet = el("div", { class: "sheet", role: "group", "aria-label": "Between the noises" });
+    const big = el("canvas", { role: "img", "aria-label": "The chosen place" });
+    const words = el("p", { class: "quiet" });
+    big.style.setProperty("--aspect", String(aspect(model)));
+
+    const load = api.latest(async (signal) => {
+      made = await api.arrays("walk", ask(), signal);
+      sheet.style.setProperty("--columns", String(made.columns));
+      sheet.style.setProperty("--narrow", String(made.columns));
+      sheet.style.setProperty("--aspect", String(aspect(model)));
+      const rows = made.rows;
+      sheet.replaceChildren(...Array.from({ length: made.columns * rows }, (_, k) => {
+        const [row, column] = [Math.floor(k / ACROSS), k % ACROSS];
+        return el("button", { type: "button", tabIndex: -1, "aria-label": `Row ${row + 1}, column ${column + 1}`, onclick: () => {
+          move(column / (ACROSS - 1), rows > 1 ? row / (rows - 1) : 0);
+        } }, el("canvas"));
+      }));
+      [...sheet.querySelectorAll("canvas")].forEach((canvas, k) => draw(canvas, model, item(/** @type {Message} */ (made).arrays.x, size, k), reach(model, 1, 0)));
+      paint();
+    }, root);
+
+    /** @param {number} u @param {number} v */
+    function move(u, v) {
+      state.set({ u, v });
+      for (const [key, value] of Object.entries({ u, v })) {
+        const knob = /** @type {HTMLInputElement} */ (document.getElementById(`knob-${key}`));
+        knob.value = String(value);
+        knob.dispatchEvent(new Event("input"));
+      }
+    }
+
+    function paint() {
+      if (!made) return;
+      const column = Math.round(state.number("u", 0) * (made.columns - 1));
+      const row = Math.round(state.number("v", 0) * (made.rows - 1));
+      const k = row * made.columns + column;
+      draw(big, model, item(made.arrays.x, size, k), reach(model, 1, 0));
+      [...sheet.children].forEach((button, i) => button.setAttribute("aria-pressed", String(i === k)));
+      const u = column / (made.columns - 1);
+      words.textContent = down() === "classes"
+        ? `Class ${model.classes[row]}, ${short(u)} of the way from seed ${corners()[0]} to seed ${corners()[1]}`
+        : `${short(u)} of the way across, ${short(row / Math.max(1, made.rows - 1))} of the way down`;
+      Object.assign(now, { made, k, painted: (now.painted ?? 0) + 1 });
+    }
+
+    const seeds = el("input", { type: "text", id: "knob-corners", value: corners().join(", "), inputMode: "numeric" });
+    seeds.addEventListener("change", () => {
+      state.set({ corners: seeds.value.replaceAll(" ", "") });
+      seeds.value = corners().join(", ");
+      load();
+    });
+    const others = () => {
+      const first = corners()[0];
+      state.set({ corners: [4, 5, 6, 7].map((n) => first + n).join(",") });
+      seeds.value = corners().join(", ");
+      load();
+    };
+    const redraw = () => load();
+    window.addEventListener("redress", redraw);
+    root.append(
+      el("aside", { class: "knobs", "aria-label": "Controls" },
+        slider("u", 0, { min: 0, max: 1, step: 1 / (ACROSS - 1) }, paint), slider("v", 0, { min: 0, max: 1, step: 1 / 24 }, paint),
+        ...(classy ? [choice("down", "noise", [["noise", "through noise"], ["classes", "through the classes"]], load)] : []),
+        el("div", { class: "knob" }, el("div", { class: "knob-head" }, el("label", { htmlFor: "knob-corners" }, "Corner seeds"), why("corners")), seeds),
+        el("button", { type: "button", id: "others", onclick: others }, "Other corners"),
+        ...(classy ? [choice("wclass", usual, classChoices(model, ""), load)] : []),
+        ...shared(world, ["model", "scale", "steps", "solver"], load, again)),
+      el("div", { class: "stage" },
+        el("div", { class: "working" }),
+        el("div", { class: "beside" },
+          el("section", { class: "card" }, el("h2", {}, "Between the noises"), el("p", { class: "quiet" }, "Choose a place; the sliders do the same from the keyboard."), sheet),
+          el("section", { class: "card" }, el("h2", {}, "This place"), words, el("div", { class: "big" }, big)))));
+    load();
+    const python = () => {
+      const { base, corners: [a, b] } = ask();
+      return ["import torch", "import undiffuse", "from undiffuse import Streams, slerp", "from undiffuse.sampling import start, trajectory", "",
+        `pipeline = undiffuse.Pipeline.load(${JSON.stringify(model.path)})`,
+        `sampling = pipeline.settings(steps=${base.steps}${base.scale === undefined ? "" : `, guidance_scale=${base.scale}`})`,
+        `a, b = (Streams(seed, 1).draw(pipeline.spec.shape) for seed in (${a}, ${b}))`,
+        `noise = torch.cat([slerp(a, b, u) for u in torch.linspace(0, 1, ${ACROSS}).tolist()])`,
+        `cond = pipeline.conditions(range(${ACROSS}), ${classy ? `[${base.classes?.[0] ?? "None"}]` : "None"})`,
+        `levels = sampling.grid.levels(pipeline.config.schedule, sampling.steps)`,
+        `frames = trajectory(pipeline.denoise(cond, sampling), start(levels[0], noise), levels, sampling.solver, Streams(0, ${ACROSS}))`,
+        "for frame in frames:", "    pass", "x = pipeline.spec.to_data(frame.x)"].join("\n");
+    };
+    return {
+      snippets: () => ({ Python: python() }),
+      picture: () => (made ? together([...sheet.querySelectorAll("canvas")], made.columns) : null),
+      close: () => window.removeEventListener("redress", redraw),
+    };
+  },
+};
