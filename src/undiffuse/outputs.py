@@ -23,6 +23,7 @@ from .data.png import encode16
 from .data.sounds import encode_wav
 from .data.spec import DataSpec
 from .data.tables import write_table
+from .data.tiff import encode_tiff
 from .distributed import ALONE, Team
 from .errors import UndiffuseError
 from .pipeline import REGISTRIES, Attention, Pipeline, Sampling, check_count
@@ -156,7 +157,8 @@ def suffixes(spec: DataSpec) -> tuple[str, ...]:
     """What samples of this data can be written as; the first is what they are written as by default."""
     pictures = (".png", ".gif", ".webp") if drawable(spec) else ()
     first, others = (pictures, WRITTEN[spec.kind]) if not spec.names else (WRITTEN[spec.kind], pictures)
-    return tuple(dict.fromkeys((*first, *others, ".npy")))
+    arrays = (".tif", ".tiff") if spec.kind in ("image", "array") and len(spec.shape) > 2 else ()
+    return tuple(dict.fromkeys((*first, *others, ".npy", *arrays)))
 
 
 def check_target(target: Path, spec: DataSpec) -> None:
@@ -225,6 +227,8 @@ def write_samples(
         buffer = BytesIO()
         np.save(buffer, spec.to_data(x), allow_pickle=False)
         write_bytes_atomic(target, buffer.getvalue())
+    elif suffix in (".tif", ".tiff"):
+        write_bytes_atomic(target, encode_tiff(spec.to_data(x), spec))
     elif suffix == ".png":
         write_png(target, grid(spec, x, columns), parameters)
     elif suffix in (".gif", ".webp"):

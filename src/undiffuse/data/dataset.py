@@ -22,6 +22,7 @@ from .shapes import Shapes, shapes
 from .sounds import Sounds
 from .store import Folder, Store, Tar, Zip, printable
 from .tables import open_table
+from .tiff import Tiffs, holds_arrays
 from .video import CONTAINERS
 
 __all__ = ["DATASETS", "Dataset", "open_dataset"]
@@ -106,6 +107,9 @@ def _reader(store: Store, size: Size, channels: Channels, length: float | None, 
             if isinstance(frames, bool) or not isinstance(frames, int) or not 2 <= frames <= 4096:
                 raise UndiffuseError(f"frames={frames!r} must be a whole number from 2 to 4096")
             return Clips(frames, size, channels)
+        if holds_arrays(store):
+            _refuse_unused(store.name, "TIFFs that are arrays", image_size=size, channels=channels)
+            return Tiffs()
         return Images(size, channels)
     _refuse_unused(store.name, "sounds", image_size=size, frames=frames)
     return Sounds(length, channels)

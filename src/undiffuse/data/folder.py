@@ -20,6 +20,7 @@ import numpy as np
 
 from ..errors import UndiffuseError, UndiffuseWarning, unknown
 from ..tokens import learn
+from .arrays import Values
 from .base import Dataset, digest, positions
 from .images import Channels, Decoded, Header, Size, Target, decode, is_image, read_header
 from .metadata import LABELS, Metadata, read_metadata
@@ -81,6 +82,11 @@ class Reader(ABC):
     @abstractmethod
     def decode(self, store: Store, files: tuple[File, ...], target: Any) -> Decoded:
         """One item in that form. Raises :class:`BadFile`."""
+
+    def measured(self, values: Values, spec: DataSpec, name: str) -> tuple[DataSpec, list[str]]:
+        """The spec of the form once the values can be looked at, for kinds of file that do not state their range; and
+        notes."""
+        return spec, []
 
     def remarks(self, values: np.ndarray, spec: DataSpec) -> list[str]:
         """What is odd about all values together."""
@@ -162,16 +168,17 @@ class Files(Dataset):
         about = about or read_metadata(store, [entry.path for entry in self._entries])
         classes, _, _ = _classes(self._entries, about, labels, self.name)  # before the long work: is it all understood?
         form = reader.form([entry.header for entry in self._entries], self.name)
-        self._target, self.spec = form.target, form.spec
+        self._target, self.spec, self.labels = form.target, form.spec, None
         shape, dtype = form.spec.original_shape, np.dtype(form.spec.dtype)
         notes, contents = [*form.notes], []
         if len(self._entries) * int(np.prod(shape)) * dtype.itemsize <= memory:
             contents, more = self._decode_all(np.empty((len(self._entries), *shape), dtype))
             notes += more
+        spec, measured = reader.measured(_Slices(self) if self._kept is None else self._kept, form.spec, self.name)
         classes, self.labels, more = _classes(self._entries, about, labels, self.name)
-        notes += [*about.notes, *more]
+        notes += [*measured, *about.notes, *more]
         self.texts = tuple(about.texts.get(entry.path, "") for entry in self._entries) if about.texts else None
-        self.spec = replace(form.spec, classes=classes, vocabulary=learn(self.texts or ()))
+        self.spec = replace(spec, classes=classes, vocabulary=learn(self.texts or ()))
         self.fingerprint = digest(
             repr(self.spec),
             *(entry.fact for entry in self._entries),
@@ -286,6 +293,17 @@ class Files(Dataset):
             return UndiffuseError(f"{self.name}: is empty; put {formats} {noun} into it")
         has = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3))
         return UndiffuseError(f"{self.name}: no {noun} ({formats}) in it; it has files: {has}")
+
+
+class _Slices:
+    """The values of a set that streams, as :func:`.arrays.measure` reads them."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self.shape, self.dtype = (len(files), *files.spec.original_shape), np.dtype(files.spec.dtype)
+
+    def __getitem__(self, rows: slice, /) -> np.ndarray:
+        return self._files.values(range(*rows.indices(len(self._files))))
 
 
 def _named(skipped: Sequence[tuple[str, str]], most: int = 3) -> str:

@@ -9,7 +9,7 @@ and only the formats below are ever given to a decoder. What the pixels become:
     transparency     composited on white, or kept as a fourth channel
     EXIF             turned upright
     several frames   the first
-    32-bit and real-valued TIFF    refused: they do not say what their range is
+    32-bit and real-valued TIFF    refused: they do not say what their range is (:mod:`.tiff` reads them as arrays)
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def _header(image: Image.Image, head: bytes) -> Header:
     check_size(width, height)
     if image.mode in ("I", "F"):
         what = "32-bit integer" if image.mode == "I" else "real-valued"
-        raise BadFile(f"{what} pixels do not say their range: save 8- or 16-bit, or an .npy array")
+        raise BadFile(f"{what} pixels do not say their range: pip install 'undiffuse[data]' reads them as arrays")
     if image.mode not in GREY and image.mode not in COLOUR:
         raise BadFile(f"pixel mode {image.mode} is not supported")
     if _says_turned(image):
