@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import UndiffuseError
 from .arrays import Values, measure
-from .folder import Form, Reader
+from .folder import Form, Images, Reader
 from .images import Decoded
 from .spec import DataSpec
 from .store import MAX_BYTES, BadFile, File, Store
@@ -70,11 +70,12 @@ def is_scientific(page: Page) -> bool:
 
 
 def holds_arrays(store: Store, most: int = 8) -> bool:
-    """Whether the first TIFFs of a store are scientific ones."""
-    if not installed():
+    """Whether the pictures of a store are TIFFs, and one of the first is a scientific one."""
+    pictures = [file for file, reason in store.listing if not reason and file.extension in Images.known]
+    files = [file for file in pictures if file.extension in EXTENSIONS]
+    if 2 * len(files) <= len(pictures) or not installed():
         return False
-    files = [file for file, reason in store.listing if not reason and file.extension in EXTENSIONS][:most]
-    for file in files:
+    for file in files[:most]:
         try:
             with store.open(file) as stream:
                 if is_scientific(read_page(stream)):
