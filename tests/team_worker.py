@@ -168,6 +168,7 @@ def train_points(out: Path, *more: str) -> list[str]:
     """A run on the command line that goes on until it is stopped."""
     words = ["train", "moons", "--recipe", "tiny", "--out", str(out), "--device", "cpu", "--batch-size", "8"]
     often = ["training.log_every=10", "training.checkpoint_every=50", "training.preview_every=0"]
+    often += ["training.precision=float32", "training.compile=never"]
     return [*words, "--steps", "100000", *(w for setting in often for w in ("--set", setting)), *more]
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UndiffuseError, UndiffuseWarning, choose, unknown
+from .levels import to_device
 from .tokens import BytePairs
 
 
@@ -419,6 +420,11 @@ class Patches(Condition):
         return Embedded(tokens=self.linear(cut.nan_to_num()) + self.places, mask=there)
 
 
+def waits(values: Tensor) -> bool:
+    """Whether looking at these numbers waits for a device."""
+    return values.device.type != "cpu"
+
+
 CONDITIONS: dict[str, type[Condition]] = {
     "classes": Classes,
     "attributes": Attributes,
@@ -498,13 +504,24 @@ class Conditions(nn.Module):
             values |= {name: part.read(captions) for name, part in self.written.items()}
         return values
 
+    def check(self, values: Mapping[str, Tensor]) -> None:
+        """Raise for values that do not exist."""
+        for name in self.names:
+            if name in values:
+                self.part(name).check(values[name])
+
     def encode(self, values: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
         """What the network takes, of ``vector [B, width]``, ``tokens [B, T, token_width]`` and ``mask [B, T]`` what
-        there is; and ``channels [B, C, *spatial]``, which :class:`.Denoiser` lays beside x."""
+        there is; and ``channels [B, C, *spatial]``, which :class:`.Denoiser` lays beside x.
+
+        Checks the values; but in training on an accelerator, where looking at them would make every update wait for the
+        last one, :meth:`check` must have seen them before they went there.
+        """
         said = []
         for name in self.names:
-            part = self.part(name)
-            given = part.check(values[name])
+            part, given = self.part(name), values[name]
+            if not (self.training and waits(given)):
+                given = part.check(given)
             if given.shape[0] != batch:
                 raise UndiffuseError(f"condition {name} has {given.shape[0]} values for {batch} samples")
             said.append(part.embed(given))
@@ -537,6 +554,6 @@ class Conditions(nn.Module):
             if not self.part(name).asked:
                 kept[name] = value
                 continue
-            dropped = (u < rate).to(value.device).reshape((-1,) + (1,) * (value.ndim - 1))
-            kept[name] = torch.where(dropped, null[name].to(value.device), value)
+            dropped = to_device(u < rate, value.device).reshape((-1,) + (1,) * (value.ndim - 1))
+            kept[name] = torch.where(dropped, to_device(null[name], value.device), value)
         return kept

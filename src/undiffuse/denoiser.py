@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UndiffuseError, UndiffuseWarning, unknown
-from .levels import Estimate, Level, combine
+from .levels import Estimate, Level, combine, to_device
 from .predictions import Prediction
 from .schedules import Schedule
 
@@ -200,7 +200,7 @@ class Denoiser(nn.Module):
         scaled = combine((self.input_scale(level), x))
         if (beside := encoded.pop("channels", None)) is not None:
             scaled = torch.cat([scaled, beside.to(scaled)], dim=1)
-        label = self.label(level).to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        label = to_device(self.label(level).to(torch.promote_types(x.dtype, torch.float32)), x.device)
         return scaled.to(dtype), label.expand(x.shape[0]), encoded
 
     def _split(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -55,7 +55,12 @@ def combine(*terms: tuple[Coefficient, Tensor]) -> Tensor:
 def spread(c: Tensor, x: Tensor) -> Tensor:
     """``c`` (``[]`` or ``[B]``) in the type and place of ``x`` (``[B, ...]``), shaped so that it broadcasts over
     samples."""
-    return c.to(device=x.device, dtype=x.dtype).reshape(c.shape + (1,) * (x.ndim - 1 if c.ndim else 0))
+    return to_device(c.to(x.dtype), x.device).reshape(c.shape + (1,) * (x.ndim - 1 if c.ndim else 0))
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` on a device. From a CPU to a GPU nothing waits: when the call returns, they have been read."""
+    return values.to(device, non_blocking=values.device.type == "cpu" and device.type == "cuda")
 
 
 class Path(Protocol):

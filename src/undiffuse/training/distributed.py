@@ -28,7 +28,7 @@ class Leader:
         outcome: JSON that the others are told at the end.
     """
 
-    def __init__(self, team: Team, make: Callable[[], Trainer]) -> None:
+    def __init__(self, team: Team, make: Callable[[dict[str, str] | None], Trainer]) -> None:
         self.team = team
         self.make = make
         self.trainer: Trainer | None = None
@@ -36,10 +36,10 @@ class Leader:
         self.outcome: dict[str, Any] = {}
         self._busy = False
 
-    def build(self) -> Trainer:
-        """The trainer, on all processes."""
+    def build(self, chosen: dict[str, str]) -> Trainer:
+        """The trainer, on all processes, as ``chosen``, which the others are told."""
         with self.announce("build"):
-            self.trainer = self.make()
+            self.trainer = self.make(chosen)
         self.trainer.announce = self.announce
         return self.trainer
 
@@ -70,7 +70,7 @@ class Leader:
             self.team.tell(self.outcome)
 
 
-def follow(team: Team, build: Callable[[], Trainer], caught: Sequence[int]) -> dict[str, Any]:
+def follow(team: Team, build: Callable[[dict[str, str] | None], Trainer], caught: Sequence[int]) -> dict[str, Any]:
     """The other processes' side: do what the leader does until it ends; returns its outcome."""
     trainer: Trainer | None = None
     while True:
@@ -78,7 +78,7 @@ def follow(team: Team, build: Callable[[], Trainer], caught: Sequence[int]) -> d
         if ORDERS[order] == "end":
             return team.tell()
         if trainer is None:
-            trainer = build()
+            trainer = build(None)
             continue
         trainer.plan = Plan(None if images < 0 else images, start)
         if ORDERS[order] == "restore":

@@ -26,6 +26,8 @@ from ..predictions import FlowVelocity, Prediction
 from ..schedules import Flow, Schedule
 
 Shard = Literal["auto", "never", "always"]
+Precision = Literal["auto", "float32", "bf16"]
+Compile = Literal["auto", "never", "always"]
 
 
 def check(wrong: bool, message: str) -> None:
@@ -163,7 +165,10 @@ class Training:
         images: length of the run in images seen (an image seen twice counts twice).
         batch_size: images an update, over all devices and accumulated parts.
         accumulation: parts in which a batch is computed, to save memory; changes the result only by rounding.
-        precision: ``float32``, or ``bf16``: matrix products in bfloat16, all else in float32.
+        precision: ``float32``, or ``bf16``: matrix products in bfloat16, all else in float32. ``auto``: a run of ten
+            minutes or more tries whether bfloat16 pays (:mod:`.speed`), another is float32.
+        compile: the network by ``torch.compile``: ``always``, ``never``, or ``auto``: a run of ten minutes or more on
+            a GPU tries whether that pays, another does not.
         shard: whether each of several processes keeps only a slice of weights, optimiser and average: ``always``,
             ``never``, or ``auto``: on GPUs, for more than 400 million parameters (8 GB of state).
         until_converged: stop when the held-out loss no longer improves measurably (:mod:`.convergence`); ``images`` is
@@ -185,7 +190,8 @@ class Training:
     images: int = 1_000_000
     batch_size: int = 128
     accumulation: int = 1
-    precision: Literal["float32", "bf16"] = "float32"
+    precision: Precision = "auto"
+    compile: Compile = "auto"
     shard: Shard = "auto"
     until_converged: bool = False
     held_out: int = 1000
@@ -327,9 +333,9 @@ class Plan:
 
 def stored_recipe(identity: Mapping[str, Any], where: str) -> Recipe:
     """The recipe in a checkpoint's identity. One of an earlier version lacks the settings that are new: they have their
-    defaults, but for what was held out, which was nothing. ``KeyError``, ``TypeError`` where it is none."""
+    defaults, but nothing was held out, and nothing compiled. ``KeyError``, ``TypeError`` where it is none."""
     recipe = identity["recipe"]
-    training = {"held_out": 0, **recipe["training"]}
+    training = {"held_out": 0, "compile": "never", **recipe["training"]}
     return from_json(Recipe, {**recipe, "training": training}, where, REGISTRIES)
 
 

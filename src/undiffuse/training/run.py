@@ -46,7 +46,7 @@ from ..errors import Deserted, UndiffuseError, UndiffuseWarning
 from ..objectives import overlap
 from ..outputs import suffixes, write_samples
 from ..pipeline import BATCH, REGISTRIES, Pipeline
-from . import checkpoint, forensics, memory
+from . import checkpoint, forensics, memory, speed
 from .convergence import Forecast, constant_from, cool_down, forecast
 from .distributed import Leader, follow
 from .doctor import glance
@@ -73,6 +73,7 @@ FREE = (
 CHANGEABLE = (
     *("recipe.optimiser", "recipe.ema", "recipe.objective"),
     *("recipe.training.images", "recipe.training.accumulation", "recipe.training.precision", "minutes"),
+    "recipe.training.compile",
     *("recipe.training.until_converged", "recipe.training.evaluate_every"),
     *("recipe.training.nonfinite", "recipe.training.skip"),
 )
@@ -182,9 +183,10 @@ def run_training(
 
                 probes = (*probes, quality_probe(dataset, recipe.training, device))
 
-        def build() -> Trainer:
+        def build(chosen: dict[str, str] | None) -> Trainer:
             plan = Plan(None) if minutes is not None or recipe.training.until_converged else None
-            return Trainer(train, recipe, seed=seed, device=device, plan=plan, team=team, workers=workers)
+            settled = speed.settle(recipe, team.tell(chosen))
+            return Trainer(train, settled, seed=seed, device=device, plan=plan, team=team, workers=workers)
 
         if not team.first:
             with _signals() as caught:
@@ -194,7 +196,18 @@ def run_training(
             out.mkdir(parents=True, exist_ok=True)
             with checkpoint.Lock(out):
                 run = _Run(
-                    dataset, held_out, recipe, out, seed, leader, minutes, change, data or dataset.name, say, progress
+                    dataset,
+                    held_out,
+                    recipe,
+                    out,
+                    seed,
+                    leader,
+                    device,
+                    minutes,
+                    change,
+                    data or dataset.name,
+                    say,
+                    progress,
                 )
                 run.probes, run.tracker = probes, tracker
                 result = run.train(command)
@@ -234,6 +247,7 @@ class _Run:
         out: Path,
         seed: int,
         leader: Leader,
+        device: str,
         minutes: float | None,
         change: bool,
         data: str,
@@ -241,11 +255,24 @@ class _Run:
         progress: Callable[[Progress], None],
     ) -> None:
         self.out = out
-        self.recipe = recipe
         self.minutes = minutes
         self.data = data
         self.progress = progress
         self.checkpoints = out / "checkpoints"
+        found = checkpoint.newest(self.checkpoints)
+        if found is None and checkpoint.listed(self.checkpoints):
+            raise UndiffuseError(
+                f"{self.checkpoints}: none of the checkpoints is whole; restore one, or remove the folder to begin anew"
+            )
+        self.ways = ""  # why it is computed as it is
+        begun = time.monotonic()
+        if found is None:
+            items = divide(dataset, recipe.training)[0]
+            recipe, self.ways = speed.choose(items, recipe, seed=seed, device=device, team=leader.team, minutes=minutes)
+        else:
+            recipe = speed.as_before(recipe, found.state)
+        tried = time.monotonic() - begun
+        self.recipe = recipe
         self.identity = {
             "recipe": to_json(recipe, REGISTRIES),
             "seed": seed,
@@ -253,14 +280,9 @@ class _Run:
             "dataset": {"fingerprint": dataset.fingerprint, "items": len(dataset), "spec": dataset.spec.to_json()},
             "held_out": None if held_out is None else {"fingerprint": held_out.fingerprint, "items": len(held_out)},
         }
-        found = checkpoint.newest(self.checkpoints)
-        if found is None and checkpoint.listed(self.checkpoints):
-            raise UndiffuseError(
-                f"{self.checkpoints}: none of the checkpoints is whole; restore one, or remove the folder to begin anew"
-            )
         changes = [] if found is None else self._changes(found, change)
         self.leader = leader
-        self.trainer = leader.build()
+        self.trainer = leader.build(speed.settled(recipe))
         self.machine = {
             "torch": torch.__version__,
             "device": self.trainer.device.type,
@@ -294,7 +316,7 @@ class _Run:
         self.evaluations = _Lines(out / "held_out.jsonl")
         self.report = Report(out, recipe)
         self.tell = say
-        self.begun = time.monotonic()
+        self.begun = time.monotonic() - tried
 
     def say(self, line: str) -> None:
         """A line for people, also kept in log.txt."""
@@ -320,6 +342,8 @@ class _Run:
         self._describe(command)
         for line in header(trainer, self.out, self.data, self._held_out_line()):
             self.say(line)
+        if self.ways:
+            self.say(textwrap.fill(f"speed      {self.ways}", 80, subsequent_indent=" " * 11))
         if self.resumed_from:
             self.say(f"resumed    after update {trainer.step:,}, {trainer.images:,} images")
             for change in self.changed:
@@ -726,6 +750,7 @@ def header(trainer: Trainer, out: Path, data: str, held_out: str) -> list[str]:
     threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
     processes = f"{trainer.team.size} processes, " if trainer.team.size > 1 else ""
     processes += "state divided among them, " if trainer.divided else ""
+    compiled = ", compiled" if training.compile == "always" else ""
     dropped = f", {objective.condition_dropout:.0%} of conditions dropped" if trainer.config.conditions else ""
     extras = (f", Huber {objective.huber:g}" if objective.huber else "") + (
         f", offset noise {objective.offset_noise:g}" if objective.offset_noise else ""
@@ -736,7 +761,7 @@ def header(trainer: Trainer, out: Path, data: str, held_out: str) -> list[str]:
     trained = overlap(objective.times, model.schedule, visited)
     lines = [
         f"run        {out}: {length} in batches of {training.batch_size}{parts}, recipe {recipe.name}, seed "
-        f"{trainer.seed}, {processes}{trainer.device}{threads}, {training.precision}",
+        f"{trainer.seed}, {processes}{trainer.device}{threads}, {training.precision}{compiled}",
         f"data       {data}: {dataset.describe()}; {trainer.config.network} {model.size}{own}, "
         f"{recipe.cost(dataset.spec)}{f'; augmented: {recipe.augment}' if recipe.augment else ''}",
         f"held out   {held_out}",

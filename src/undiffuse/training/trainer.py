@@ -118,6 +118,8 @@ class Trainer:
         workers: threads that read coming batches, one each, while this one is computed; changes nothing but the speed.
         ema: the averaged weights, which are what is sampled from.
         skipped, skipped_in_row: updates that were not finite: in all, and up to the last update.
+        half: matrix products are computed in bfloat16. What the recipe leaves open (``auto``) is float32, not compiled;
+            :func:`.run_training` settles it first.
         divided: each process keeps a slice of the state only; :meth:`pipeline` and :meth:`snapshot` put it together.
         announce: entered with the name of each method marked ``together`` (the leader of a run tells the others).
     """
@@ -149,6 +151,8 @@ class Trainer:
             with lent(seed, "weights", 0):
                 denoiser = self.config.build()
         self.divided = divides(recipe.training.shard, denoiser, team, self.device)
+        if self.divided and recipe.training.compile == "always":
+            raise UndiffuseError("training.compile=always with a state divided among processes: say never")
         if self.divided:
             self.denoiser = denoiser.train()
             self._undivided = copy.deepcopy(denoiser).float().eval().requires_grad_(False)  # on the CPU
@@ -160,8 +164,9 @@ class Trainer:
             divide(self.ema.denoiser, self.device, team)
             self.ema.attach(self.denoiser)
         else:
-            self.engine = exchange(self.denoiser, team)
+            self.engine = exchange(self.denoiser, team, recipe.training.compile == "always")
         self.parameters = dict(self.denoiser.named_parameters())
+        self.half = recipe.training.precision == "bf16"
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in denoiser.modules())
         if self.plan.images is not None:
             recipe.ema.check_horizon(self.plan.images, recipe.training.batch_size)
@@ -226,7 +231,7 @@ class Trainer:
                 rows = share(len(x0), part, training.accumulation)
                 last = part == training.accumulation - 1
                 with nullcontext() if last else self.engine.quiet():
-                    with torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
                         each = self.engine.loss(
                             x0[rows],
                             t[rows],
@@ -436,7 +441,11 @@ class Trainer:
         if told is not None:
             cond["augmentation"] = told
         conditions = self.denoiser.conditions
-        return x0, {} if conditions is None else conditions.values(cond, self.dataset.captions(indices))
+        if conditions is None:
+            return x0, {}
+        cond = conditions.values(cond, self.dataset.captions(indices))
+        conditions.check(cond)  # here, on the CPU: on a GPU each look would wait
+        return x0, cond
 
 
 def check_inputs_matter(denoiser: Denoiser, x0: Tensor, cond: dict[str, Tensor]) -> None:
