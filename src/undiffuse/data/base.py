@@ -162,7 +162,7 @@ class ArrayDataset(Dataset):
         self.labels = None if labels is None else check_labels(labels, len(values), spec.classes, name)
         self._values = values
         content = content or digest(np.ascontiguousarray(values).tobytes(), b"" if labels is None else labels.tobytes())
-        self.fingerprint = digest(content, repr(spec))
+        self.fingerprint = digest(content, spec.stated)
 
     def __len__(self) -> int:
         return len(self._values)

@@ -180,7 +180,7 @@ class Files(Dataset):
         self.texts = tuple(about.texts.get(entry.path, "") for entry in self._entries) if about.texts else None
         self.spec = replace(spec, classes=classes, vocabulary=learn(self.texts or ()))
         self.fingerprint = digest(
-            repr(self.spec),
+            self.spec.stated,
             *(entry.fact for entry in self._entries),
             *contents,
             *(self.texts or ()),

@@ -317,7 +317,7 @@ class Shapes(Dataset):
         self.name, self.labels = "shapes", None
         self.texts = Captions(seed, range(count), unseen)
         self._seed, self._count, self._unseen = seed, count, unseen
-        self.fingerprint = digest("shapes 1", repr((seed, count, unseen)), repr(self.spec))
+        self.fingerprint = digest("shapes 1", repr((seed, count, unseen)), self.spec.stated)
 
     def __len__(self) -> int:
         return self._count

@@ -100,6 +100,15 @@ class DataSpec:
                 )
 
     @property
+    def stated(self) -> str:
+        """All that it says, for fingerprints: fields at their defaults are left out, so that a later version that knows
+        more of data does not take the same data for others."""
+        said = [
+            (each.name, getattr(self, each.name)) for each in fields(self) if getattr(self, each.name) != each.default
+        ]
+        return ", ".join(f"{name}={value!r}" for name, value in said)
+
+    @property
     def bounded(self) -> bool:
         return self.low is not None
 

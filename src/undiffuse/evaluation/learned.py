@@ -222,7 +222,7 @@ def learned(
     train, build = LEARNED[kind]
     with torch.device("meta"):
         wanted = shapes(build(data).state_dict())
-    key = digest(RECIPE, kind, data.fingerprint, repr(data.spec), repr(asdict(budget)), repr(sorted(wanted.items())))
+    key = digest(RECIPE, kind, data.fingerprint, data.spec.stated, repr(asdict(budget)), repr(sorted(wanted.items())))
     path = cache_file(cache, f"{kind}-{key}.safetensors")  # before the long work: it can be written there
     if path.is_file():
         try:
