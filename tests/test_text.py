@@ -76,6 +76,7 @@ def test_the_empty_prompt_is_the_null_condition() -> None:
     assert torch.equal(made.draw(2, prompts=[""], seed=3), made.draw(2, seed=3))
 
 
+@torch.no_grad()
 def test_padding_changes_nothing_through_the_whole_denoiser() -> None:
     """The same weights with room for 9 and for 40 tokens: what is not there is not seen, not even its number."""
     short, x = Text(["ab"], 16, length=9, token_width=16), x_of(3)
@@ -102,6 +103,10 @@ def test_a_long_prompt_is_cut_and_the_warning_names_what_was_cut() -> None:
     with pytest.warns(UndiffuseWarning, match="has 12 tokens, this model reads 10: cut was 'gh'"):
         rows = text.read(["abc def", "abc d ef gh"])
     assert [text.text(row.tolist()) for row in rows] == ["abc def", "abc d ef"]
+    captions = Conditions({"text": Text((), 4, length=3, token_width=4)})
+    with pytest.warns(UndiffuseWarning, match="so are others") as said:
+        captions.values({}, ["abcdef", "bcdefg"])
+    assert len(said) == 1
 
 
 def test_a_negative_prompt_is_guidance_away_from_that_condition() -> None:
@@ -192,6 +197,24 @@ def test_attention_is_shared_among_the_words_of_the_prompt() -> None:
     assert bool((told.weights >= 0).all())
     assert bool((told.weights.sum(0) <= 1 + 1e-5).all())
     assert torch.equal(told.x, pipeline().draw([0], prompts=["a red circle"], sampling=pipeline().settings(steps=2)))
+
+
+def test_a_server_s_prompts_are_the_pipeline_s() -> None:
+    pytest.importorskip("pydantic", reason="needs undiffuse[serve]")
+    from undiffuse.serving import api
+    from undiffuse.serving.engine import Engine, Request
+
+    made = pipeline()
+    form = api.Samples(prompt=PROMPTS[1], negative_prompt=PROMPTS[0], guidance_scale=2.0)
+    sampling = api.sampling_of(form, made, api.Limits())
+    assert api.classes_of(form, form.prompt, made, 2) is None
+    assert api.against_of(form, made, sampling) is None
+    asked = api.texts_of(form, form.prompt, made)
+    with Engine({"m": made}, rows=8) as engine:
+        requests = [Request("m", sampling, samples=range(2), seed=3, **asked), Request("m", sampling, prompts=PROMPTS)]
+        served = [engine.run(each) for each in requests]
+    assert torch.allclose(served[0], made.draw(2, seed=3, sampling=sampling, **asked), atol=1e-3)
+    assert torch.allclose(served[1], made.draw(1, sampling=sampling, prompts=PROMPTS), atol=1e-3)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

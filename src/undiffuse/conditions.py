@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .encoders import load
 from .errors import UndiffuseError, UndiffuseWarning, choose, unknown
 from .levels import to_device
 from .tokens import BytePairs
@@ -215,6 +216,7 @@ class Written(Condition, ABC):
     value, and the empty text, is nothing but padding."""
 
     length: int
+    has_cut = False
 
     @abstractmethod
     def tokens(self, text: str) -> list[int]:
@@ -224,15 +226,18 @@ class Written(Condition, ABC):
     def text(self, tokens: Sequence[int]) -> str:
         """The text of tokens."""
 
-    def read(self, texts: Sequence[str]) -> Tensor:
-        """``[B, length]`` on the CPU. What is too long is cut, with a warning that names what was cut."""
+    def read(self, texts: Sequence[str], captions: bool = False) -> Tensor:
+        """``[B, length]`` on the CPU. What is too long is cut, with a warning that names what was cut; of ``captions``,
+        which are many, at the first one only."""
         rows = torch.zeros(len(texts), self.length, dtype=torch.int64)
         for row, text in zip(rows, texts, strict=True):
             tokens = self.tokens(text)
-            if len(tokens) > self.length:
+            if len(tokens) > self.length and not (captions and self.has_cut):
+                self.has_cut = True
+                more = "; so are others, raise model.text_length" if captions else ""
                 warnings.warn(
                     f"the text has {len(tokens)} tokens, this model reads {self.length}: cut was "
-                    f"{self.text(tokens[self.length :])!r}",
+                    f"{self.text(tokens[self.length :])!r}{more}",
                     UndiffuseWarning,
                     stacklevel=2,
                 )
@@ -334,6 +339,61 @@ class Text(Written):
         return Embedded(self.pooled(h[:, 0]), h[:, 1:], there[:, 1:])
 
 
+@final
+class Pretrained(Written):
+    """A text, read by a frozen CLIP or T5 of ``transformers`` (:mod:`.encoders`); what is trained is how the network
+    takes it. The model keeps the encoder's name and hash, not its weights; another encoder of that name is refused.
+
+    Args:
+        model: a folder, or a name on the Hugging Face Hub.
+        hash: of the encoder; None: of the one that is there.
+        length: most tokens of a text, without the marks around it.
+        token_width: of the tokens that the network gets.
+    """
+
+    def __init__(
+        self, model: str, width: int, length: int = 64, token_width: int = 64, hash: str | None = None
+    ) -> None:
+        super().__init__()
+        self.encoder = load(model)
+        if hash is not None and hash != self.encoder.hash:
+            raise UndiffuseError(
+                f"text encoder {model}: its weights are not those that this model was trained with; restore them"
+            )
+        if not 1 <= length <= self.encoder.most or token_width < 1:
+            raise UndiffuseError(f"text encoder {model}: length={length} must be from 1 to {self.encoder.most}")
+        self.length, self.token_width = length, token_width
+        self.project = nn.Linear(self.encoder.width, token_width)
+        self.pooled = nn.Linear(self.encoder.width, width)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {
+            "model": self.encoder.name,
+            "hash": self.encoder.hash,
+            "length": self.length,
+            "token_width": self.token_width,
+        }
+
+    def tokens(self, text: str) -> list[int]:
+        return [1 + token for token in self.encoder.tokens(text)]  # 0 is padding here, and a word there
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return self.encoder.text([token - 1 for token in tokens if token])
+
+    def embed(self, values: Tensor) -> Embedded:
+        weight = self.project.weight
+        hidden = values.new_zeros(len(values), self.length + self.encoder.marks, self.encoder.width, dtype=weight.dtype)
+        there = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=weight.device)
+        for row, tokens in enumerate(values.tolist()):
+            if words := [token - 1 for token in tokens if token]:
+                said = self.encoder(words)
+                hidden[row, : len(said)] = said.to(hidden)
+                there[row, : len(said)] = True
+        mean = hidden.sum(1) / there.sum(1, keepdim=True).clamp(min=1)
+        return Embedded(self.pooled(mean), self.project(hidden), there)
+
+
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
 
@@ -431,6 +491,7 @@ CONDITIONS: dict[str, type[Condition]] = {
     "vector": Vector,
     "augmentation": Augmentation,
     "text": Text,
+    "pretrained": Pretrained,
     "picture": Picture,
     "patches": Patches,
 }
@@ -501,7 +562,7 @@ class Conditions(nn.Module):
         """Raw values of a batch of data: those of the ``given`` ones that are conditions, and captions as tokens."""
         values = {name: value for name, value in given.items() if name in self.names}
         if captions is not None:
-            values |= {name: part.read(captions) for name, part in self.written.items()}
+            values |= {name: part.read(captions, captions=True) for name, part in self.written.items()}
         return values
 
     def check(self, values: Mapping[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from ..config import from_json
 from ..data.augment import LABELS, Augment, advice
 from ..data.spec import DataSpec
 from ..denoiser import InputScale, Label, NoScale, TimeLabel
+from ..encoders import load
 from ..errors import UndiffuseError, UndiffuseWarning
 from ..networks import build, describe, sized
 from ..objectives import Stratified, Times, Unit, Weight
@@ -47,6 +48,8 @@ class Model:
         schedule, prediction, label, input_scale, learned_variance: as for :class:`undiffuse.Denoiser`.
         conditional: learn the classes and the captions, where the data has them.
         condition_width: length of the vector that a condition is embedded in.
+        text_encoder: a frozen CLIP or T5 of ``transformers`` that reads the captions, a folder or a name on the Hub;
+            None: a small transformer of our own, trained with the network.
         text_length: most tokens of a caption.
         text_layers, token_width: of the transformer that reads it.
     """
@@ -60,6 +63,7 @@ class Model:
     input_scale: InputScale = NoScale()
     conditional: bool = True
     condition_width: int = 64
+    text_encoder: str | None = None
     text_length: int = 64
     text_layers: int = 2
     token_width: int = 64
@@ -70,13 +74,16 @@ class Model:
         classes = len(spec.classes) if self.conditional else 0
         conditions: dict[str, dict[str, Any]] = {"classes": {"kind": "classes", "classes": classes}} if classes else {}
         if self.conditional and spec.vocabulary and spec.kind != "points":
-            conditions["text"] = {
-                "kind": "text",
-                "vocabulary": list(spec.vocabulary),
-                "length": self.text_length,
-                "token_width": self.token_width,
-                "layers": self.text_layers,
-            }
+            common = {"length": self.text_length, "token_width": self.token_width}
+            own = {"kind": "text", "vocabulary": list(spec.vocabulary), "layers": self.text_layers}
+            conditions["text"] = {**own, **common}
+            if self.text_encoder:
+                conditions["text"] = {
+                    "kind": "pretrained",
+                    "model": self.text_encoder,
+                    "hash": load(self.text_encoder).hash,
+                    **common,
+                }
         if told:
             conditions["augmentation"] = {"kind": "augmentation", "size": told}
         width = self.condition_width if conditions else 0
