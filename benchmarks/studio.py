@@ -52,7 +52,7 @@ def main() -> None:
             begun = time.perf_counter()
             page.goto(server.link)
             page.wait_for_selector(".lab")
-            page.wait_for_function("document.querySelector('.sheet canvas') !== null", timeout=120_000)
+            page.wait_for_selector(".sheet canvas")
             firsts.append(time.perf_counter() - begun)
             page.close()
         page = browser.new_context().new_page()
@@ -61,9 +61,8 @@ def main() -> None:
             page.goto("about:blank")
             page.goto(f"{server.origin}/studio/#{lab}")
             page.wait_for_selector(".lab")
-            page.wait_for_function(
-                f"import('/studio/page/{lab}.js').then(({{ now }}) => now.painted > 0)", timeout=120_000
-            )
+            while not page.evaluate(f"import('/studio/page/{lab}.js').then(({{ now }}) => now.painted > 0)"):
+                time.sleep(0.1)
             drags[lab] = page.evaluate(DRAG, lab)
         browser.close()
     load = os.getloadavg()[0]

@@ -99,3 +99,19 @@ def running(
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+def make_run(folder: Path, said: str = "digits") -> Path:
+    """A run folder as a trainer leaves it, without a model."""
+    (folder / "samples").mkdir(parents=True)
+    rows = [
+        {"step": i, "images": 16 * i, "loss": 1 / i, "grad_norm": 1.0, "images_per_second": 100.0} for i in (1, 2, 3)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "ima')
+    (folder / "held_out.jsonl").write_text('{"step": 3, "images": 48, "raw": 0.5, "ema": 0.4}\n')
+    (folder / "status.json").write_text(json.dumps({"state": "stopped", "step": 3, "images": 48, "note": said}))
+    (folder / "config.json").write_text(json.dumps({"data": said}))
+    from PIL import Image
+
+    Image.new("L", (8, 8), 200).save(folder / "samples" / "preview-000003.png")
+    return folder

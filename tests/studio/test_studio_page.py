@@ -12,7 +12,7 @@ pytest.importorskip("uvicorn", reason="needs undiffuse[serve]")
 pytest.importorskip("fastapi", reason="needs undiffuse[serve]")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
-from studio_page import CHROMIUM, Running, running  # noqa: E402
+from studio_page import CHROMIUM, Running, make_run, running  # noqa: E402
 
 if CHROMIUM is None:
     pytest.skip("no chromium is installed", allow_module_level=True)
@@ -379,3 +379,43 @@ def test_ST6_a_server_that_is_busy_or_gone_is_said_and_waited_for(look: Looking)
     assert "does not answer" in look.page.locator("#trouble").text_content()
     look.wait("now.trace.arrays.x.data.length > 0 && document.getElementById('trouble').hidden")
     look.complaints.clear()  # the browser's own words about the answers that this test made up
+
+
+def test_ST3_names_and_notes_that_look_like_pages_are_text(browser: Any, tmp_path: Any) -> None:
+    evil = "<img src=x onerror=alert(1)><script>alert(2)<\\script>"
+    with running(runs={evil: make_run(tmp_path / "run", evil)}) as server:
+        page = browser.new_context().new_page()
+        looking = Looking(page, server)
+        page.on("dialog", lambda dialog: looking.complaints.append(dialog.message))
+        page.goto(server.link)
+        page.wait_for_selector(".lab")
+        looking.open("runs")
+        looking.wait("now.painted && now.lights")
+        assert page.locator("h2", has_text="<img src=x").count() == 1
+        assert page.locator("img").count() == 1  # the preview
+        looking.open("time?solver=%3Cscript%3Ealert(1)%3C/script%3E")
+        page.wait_for_selector("#trouble:not([hidden])")
+        assert "<script>" in page.locator("#trouble").text_content()
+        assert [words for words in looking.complaints if "400" not in words] == []
+        page.context.close()
+
+
+def test_runs_side_by_side_by_mouse_and_keyboard(browser: Any, tmp_path: Any) -> None:
+    runs = {name: make_run(tmp_path / name) for name in ("one", "two")}
+    with running(runs=runs) as server:
+        page = browser.new_context().new_page()
+        looking = Looking(page, server)
+        page.goto(server.link)
+        page.wait_for_selector(".lab")
+        looking.open("runs")
+        looking.wait("now.painted && now.names.length === 1")
+        page.get_by_label("two").click()
+        looking.wait("now.names.length === 2")
+        page.get_by_label("one", exact=False).first.focus()
+        page.keyboard.press("Space")
+        looking.wait("now.names.length === 1 && now.names[0] === 'two'")
+        with (runs["two"] / "metrics.jsonl").open("a") as file:
+            file.write('\n{"step": 4, "images": 64, "loss": 0.2}\n')
+        looking.wait("now.all[0].loss[0].length === 4")  # it looks again by itself
+        assert looking.complaints == []
+        page.context.close()
