@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { asked, choice, classChoices, modelOf, shared, slider, snippets, whole, why } from "./controls.js";
 import * as state from "./state.js";
-import { aspect, Chart, draw, el, item, nearest, reach, short, sizeOf, together } from "./view.js";
+import { aspect, Chart, draw, el, item, nearest, pictorial, reach, short, sizeOf, together } from "./view.js";
 
 /** @typedef {import("./api.js").Message} Message */
 
@@ -35,15 +35,16 @@ export default {
     });
 
     // --- what is seen ---
-    const tile = (/** @type {string} */ name, /** @type {string} */ words, /** @type {string} */ formula) => {
+    const tile = (/** @type {string} */ name, /** @type {string} */ formula) => {
       const canvas = el("canvas", { role: "img", "aria-label": name });
-      const figure = el("figure", { class: "tile" }, el("figcaption", {}, el("b", {}, name), el("span", { class: "formula" }, formula), " ", el("span", {}, words)), canvas);
+      const words = el("span");
+      const figure = el("figure", { class: "tile" }, el("figcaption", {}, el("b", {}, name), el("span", { class: "formula" }, formula), " ", words), canvas);
       figure.style.setProperty("--aspect", String(aspect(model)));
-      return { canvas, figure };
+      return { canvas, figure, words };
     };
     const tiles = {
-      forward: tile("Forward", "", "α x₀ + σ ε"), x: tile("Reverse", "", "x"),
-      x0: tile("Believed data", "", "x̂₀"), eps: tile("Believed noise", "", "ε̂"), change: tile("Change of the step", "", "x′ − x"),
+      forward: tile("Forward", "α x₀ + σ ε"), x: tile("Reverse", "x"),
+      x0: tile("Believed data", "x̂₀"), eps: tile("Believed noise", "ε̂"), change: tile("Change of the step", "x′ − x"),
     };
     tiles.x.figure.classList.add("own");
     const time = el("input", { type: "range", id: "time", min: 0, max: 1000, step: 1, "aria-label": "Time, from data to noise" });
@@ -135,6 +136,7 @@ export default {
       const unit = Math.hypot(trace.alpha[0], trace.sigma[0]);
       const known = pictures.arrays.x.shape[0];
       const clean = known ? item(pictures.arrays.x, size, state.number("picture", 0) % known) : new Float32Array(size);
+      if (!known) tiles.forward.words.textContent = "no real data at hand: noise about the mean";
       const noisy = new Float32Array(size);
       for (let k = 0; k < size; k++) noisy[k] = alpha * clean[k] + sigma * (first[k] / unit);
       draw(tiles.forward.canvas, model, noisy, reach(model, alpha, sigma));
@@ -236,7 +238,7 @@ export default {
         if (state.text("start") === "inverted") changed();
         else paint();
       } }, "Next picture"),
-      el("button", { type: "button", onclick: () => upload.click() }, "Your own …"), upload);
+      ...(pictorial(model) ? [el("button", { type: "button", onclick: () => upload.click() }, "Your own …"), upload] : []));
     root.append(
       el("aside", { class: "knobs", "aria-label": "Controls" },
         ...shared(world, ["model", "seed", "classes", "scale", "steps", "solver", "grid"], changed, again),
