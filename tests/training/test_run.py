@@ -604,7 +604,7 @@ def test_a_preview_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
 def test_a_time_budget_is_planned_and_the_learning_rate_still_ends_at_zero(tmp_path: Path) -> None:
     chosen = small(images=10**9, log_every=1, checkpoint_every=0, preview_every=0)
     steps: list[Progress] = []
-    result = run(tmp_path / "r", chosen, minutes=0.004, progress=steps.append)
+    result = run(tmp_path / "r", chosen, minutes=0.03, progress=steps.append)
     assert steps[0].total_images is None
     assert steps[-1].total_images == result.images
     rates = [row["lr"] for row in metrics(tmp_path / "r")]
@@ -613,8 +613,8 @@ def test_a_time_budget_is_planned_and_the_learning_rate_still_ends_at_zero(tmp_p
         "plan"
     ]
     assert plan["images"] == result.images
-    assert run(tmp_path / "r", chosen, minutes=0.004).resumed_from == result.step  # the plan is a part of the run
-    with pytest.raises(UndiffuseError, match=r"minutes: 0\.004 there, 5 here"):
+    assert run(tmp_path / "r", chosen, minutes=0.03).resumed_from == result.step  # the plan is a part of the run
+    with pytest.raises(UndiffuseError, match=r"minutes: 0\.03 there, 5 here"):
         run(tmp_path / "r", chosen, minutes=5)
     with pytest.raises(UndiffuseError, match="minutes=-1 must be positive"):
         run(tmp_path / "s", chosen, minutes=-1)
