@@ -55,10 +55,13 @@ from .held_out import Curve, HeldOut, Probe, divide, probe
 from .recipe import Plan, Recipe, kind_of, stored_recipe
 from .report import REFRESH, Report
 from .track import TensorBoard
-from .trainer import Diverged, Snapshot, Trainer
+from .trainer import Diverged, Snapshot, Trainer, Update
 
 PREVIEW_SEED = 0
 """The noise of every preview, and ``undiffuse sample``'s default: a preview is what it would write (trap X8)."""
+
+STATUS = 2.0
+"""Seconds between two writings of status.json."""
 
 MOST_FAILURES = 3
 """Checkpoints in a row that may fail to be written before the run stops."""
@@ -311,6 +314,9 @@ class _Run:
         self.writing: tuple[int, Future[None]] | None = None  # the checkpoint in flight, and its update
         self.failures = 0  # in a row
         self.speed = 0.0
+        self.pace = _Pace(self.trainer.step)
+        self.planning: tuple[int, float] | None = None  # from which update, and when, the time budget is measured
+        self.stated, self.reported = 0.0, time.monotonic() - 0.9 * REFRESH  # the first page soon
         self.log = _Lines(out / "log.txt")
         self.metrics = _Lines(out / "metrics.jsonl")
         self.evaluations = _Lines(out / "held_out.jsonl")
@@ -358,61 +364,19 @@ class _Run:
         self._status("running")
         if self.tracker is not None:
             self.tracker.begin(trainer.step)
-        reported = time.monotonic() - 0.9 * REFRESH  # the first page soon
-        previewed, written = trainer.step, time.monotonic()
-        logged = planning = time.monotonic()
-        logged_step, first = trainer.step, trainer.step
+        self.pace = _Pace(trainer.step)
         with self.writer, _signals() as caught:
             self.leader.caught = caught  # signals that reach other processes arrive there too
             try:
                 for update in trainer.updates():
                     if update.skipped:
                         self.say(f"warning: update {update.step} was not finite and is skipped: {self._examine()}")
-                    now = time.monotonic()
                     if self.minutes is not None and trainer.plan.images is None:
-                        float(update.loss)  # waits for the device, so that the clock is right
-                        if update.step <= first + 2:
-                            planning = time.monotonic()  # the first updates are slower than the rest
-                        self._plan(update.step - first - 2, time.monotonic() - planning)
-                    last = trainer.finished
-                    if update.step % training.log_every == 0 or last:
-                        trainer.check()
-                        self.last_loss = trainer.mean_loss()
-                        now = time.monotonic()
-                        self.speed = (update.step - logged_step) * training.batch_size / max(1e-9, now - logged)
-                        self._record(update.lr, float(update.norm))
-                        logged, logged_step = now, update.step
-                    now = time.monotonic()
-                    due = any(
-                        every and update.step % every == 0
-                        for every in (training.evaluate_every, training.quality_every)
-                    )
-                    if self.held_out is not None and (due or last):
-                        trainer.check()
-                        self._evaluate(self.held_out, last)
-                    if training.until_converged and trainer.plan.images is None:
-                        self._cool_down()
-                    due = training.preview_every and update.step % training.preview_every == 0
-                    if due or (last and previewed < update.step):
-                        previewed = update.step
-                        trainer.check()
-                        self._preview()
-                        logged += time.monotonic() - now  # the speed is that of training alone
-                    self._settle()
-                    if not last and any(
-                        every and update.step % every == 0
-                        for every in (training.checkpoint_every, training.milestone_every)
-                    ):
-                        now = time.monotonic()
-                        self._save()
-                        logged += time.monotonic() - now
-                    if now - written > 2:
-                        self._status("running")
-                        written = now
-                    if now - reported > REFRESH and not last:
-                        self._report("running")
-                        reported = time.monotonic()
-                        logged += reported - now
+                        self._plan(update)
+                    if update.step % training.log_every == 0 or trainer.finished:
+                        self._log(update)
+                    with self.pace.aside():
+                        self._beside(update.step, trainer.finished)
                     self.progress(self._where())
                     if caught:
                         break
@@ -474,11 +438,40 @@ class _Run:
             resumed_from=self.resumed_from,
         )
 
-    def _plan(self, updates: int, seconds: float) -> None:
+    def _beside(self, step: int, last: bool) -> None:
+        """What is done beside training after update ``step``, as far as it is due."""
+        trainer, training = self.trainer, self.recipe.training
+
+        def due(*every: int) -> bool:
+            return any(each and step % each == 0 for each in every)
+
+        if self.held_out is not None and (last or due(training.evaluate_every)):
+            trainer.check()
+            self._evaluate(self.held_out, last)
+        if training.until_converged and trainer.plan.images is None:
+            self._cool_down()
+        if last or due(training.preview_every):
+            trainer.check()
+            self._preview()
+        self._settle()
+        if due(training.checkpoint_every, training.milestone_every) and not last:
+            self._save()
+        now = time.monotonic()
+        if now - self.stated > STATUS:
+            self._status("running")
+        if now - self.reported > REFRESH and not last:
+            self._report("running")
+
+    def _plan(self, update: Update) -> None:
         """Once a tenth of the time budget (at most 30 s) has been measured, decide how many images the run will see."""
         assert self.minutes is not None
+        float(update.loss)  # waits for the device, so that the clock is right
+        if self.planning is None or update.step <= self.resumed_from + 2:  # the first updates are slower than the rest
+            self.planning = update.step, time.monotonic()
+            return
+        updates, seconds = update.step - self.planning[0], time.monotonic() - self.planning[1]
         budget, batch = 60 * self.minutes, self.recipe.training.batch_size
-        if updates < 1 or seconds < min(0.1 * budget, 30):
+        if seconds < min(0.1 * budget, 30):
             return
         left = max(0.0, budget - self.seconds) * 0.97  # previews and checkpoints take time too
         more = max(1, int(left * updates / seconds))
@@ -519,17 +512,22 @@ class _Run:
             "pid": os.getpid(),
             "host": socket.gethostname(),
         }
+        self.stated = time.monotonic()
         with _tolerant(f"{self.out / 'status.json'} could not be written"):
             write_json_atomic(self.out / "status.json", status)
 
-    def _record(self, lr: float, norm: float) -> None:
+    def _log(self, update: Update) -> None:
+        """A line of metrics."""
+        self.trainer.check()
+        self.last_loss = self.trainer.mean_loss()
+        self.speed = self.pace.lap(update.step) * self.recipe.training.batch_size
         row = {
-            "step": self.trainer.step,
-            "images": self.trainer.images,
+            "step": update.step,
+            "images": update.images,
             "seconds": round(self.seconds, 3),
             "loss": _finite(self.last_loss),
-            "lr": lr,
-            "grad_norm": _finite(norm),
+            "lr": update.lr,
+            "grad_norm": _finite(float(update.norm)),
             "images_per_second": round(self.speed, 1),
         }
         self.metrics.append(json.dumps(row, allow_nan=False))
@@ -576,6 +574,7 @@ class _Run:
     def _report(self, state: str, error: str = "") -> None:
         with _tolerant(f"{self.out / 'report.html'} could not be written"):
             self.report.write(state, self._where(), self.curve, self._forecast(), self.held_out, self.probes, error)
+        self.reported = time.monotonic()
 
     def _preview(self) -> None:
         """What ``undiffuse sample`` would write for the average as it is now, by the very same path."""
@@ -848,6 +847,26 @@ class _Lines:
         if self.path.exists():
             with self.path.open("ab") as file:
                 os.fsync(file.fileno())
+
+
+class _Pace:
+    """Updates a second of training alone: what is done beside it does not count."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.begun = step, time.monotonic()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.begun += time.monotonic() - begun
+
+    def lap(self, step: int) -> float:
+        """The speed since the last lap."""
+        now = time.monotonic()
+        speed = (step - self.step) / max(1e-9, now - self.begun)
+        self.step, self.begun = step, now
+        return speed
 
 
 @contextmanager
