@@ -95,7 +95,7 @@ def plot(rows: list[dict], path: Path) -> None:
     axis.plot(scales, [row["seen"]["all"] for row in rows], "o-", label="captions, pairs seen in training")
     axis.plot(scales, [row["unseen"]["all"] for row in rows], "s-", label="captions, pairs never seen")
     axis.plot(scales, [row["diversity"] for row in rows], "^--", color="grey", label="diversity, of real pictures'")
-    axis.set(xlabel="guidance scale", ylim=(0, 1.15))
+    axis.set(xlabel="guidance scale", ylim=(0, max(1.1, *(row["diversity"] + 0.1 for row in rows))))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -235,9 +235,10 @@ class Written(Condition, ABC):
             if len(tokens) > self.length and not (captions and self.has_cut):
                 self.has_cut = True
                 more = "; so are others, raise model.text_length" if captions else ""
+                cut = self.text(tokens[self.length :])
+                cut = cut if len(cut) <= 200 else f"{cut[:160]} ... {cut[-30:]}"
                 warnings.warn(
-                    f"the text has {len(tokens)} tokens, this model reads {self.length}: cut was "
-                    f"{self.text(tokens[self.length :])!r}{more}",
+                    f"the text has {len(tokens)} tokens, this model reads {self.length}: cut was {cut!r}{more}",
                     UndiffuseWarning,
                     stacklevel=2,
                 )
@@ -256,18 +257,24 @@ class Written(Condition, ABC):
 
 
 class Reading(nn.Module):
-    """One layer of a transformer that reads a text: attention to all that is there, then a perceptron, before each a
-    norm (Vaswani et al. 2017; Xiong et al. 2020, arXiv:2002.04745)."""
+    """One layer of a transformer that reads a text: a convolution, since words that stand together belong together,
+    then attention to all that is there, then a perceptron, before each a norm (Vaswani et al. 2017; Xiong et al. 2020,
+    arXiv:2002.04745; Gulati et al. 2020, arXiv:2005.08100)."""
+
+    NEAR = 4  # words on either side
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.near, self.first, self.second = (nn.LayerNorm(width) for _ in range(3))
+        self.neighbours = nn.Conv1d(width, width, 2 * self.NEAR + 1, padding=self.NEAR)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, h: Tensor, there: Tensor) -> Tensor:
         """``h [B, T, width]``; ``there [B, T]`` bool, of which at least one in each row is True."""
+        y = (self.near(h) * there[..., None]).transpose(1, 2)  # what is not there says nothing to its neighbours
+        h = h + self.neighbours(y).transpose(1, 2)
         q, k, v = self.qkv(self.first(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=there[:, None, None])
         h = h + self.out(y.transpose(1, 2).flatten(2))

@@ -316,9 +316,9 @@ def write_attention(path: Path, pipeline: Pipeline, attention: Attention) -> Pat
         grey = ImageOps.grayscale(picture).point(lambda value: value * 0.5)
         heat = ImageOps.colorize(light, "black", "white", "#ff8c00")
         tiles.append((ImageChops.screen(grey.convert("RGB"), heat), word))
-    columns = min(7, len(tiles))
+    columns = ceil(len(tiles) / ceil(len(tiles) / 7))  # rows of up to seven, as even as they can be
     width, height = picture.width + GAP, picture.height + 16
-    canvas = Image.new("RGB", (columns * width + GAP, -(-len(tiles) // columns) * height + GAP), "white")
+    canvas = Image.new("RGB", (columns * width + GAP, ceil(len(tiles) / columns) * height + GAP), "white")
     pen = ImageDraw.Draw(canvas)
     for i, (tile, word) in enumerate(tiles):
         left, top = GAP + i % columns * width, GAP + i // columns * height
