@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from training_laws import points, recipe
 from undiffuse.commands import main as main_of_undiffuse
+from undiffuse.commands.evaluate import evaluate
 from undiffuse.commands.sample import sample
 from undiffuse.config import override
 from undiffuse.distributed import Team, joined
@@ -162,6 +163,14 @@ def shares(team: Team, folder: Path, facts: dict[str, Any]) -> None:
         sample(folder / "model", number=4, out=folder / "x.wav", device="cpu")
     except UndiffuseError as error:
         facts["refused"] = [type(error) is Deserted, str(error)]
+    facts["judged"] = judged(folder, folder / "judged")
+
+
+def judged(folder: Path, out: Path) -> float:
+    """The Frechet distance of the model's samples."""
+    words = {"number": 40, "batch_size": 8, "metrics": "frechet", "plan": "uniform", "device": "cpu"}
+    found = evaluate(str(folder / "model"), against=str(folder / "points.npy"), out=out, **words)
+    return found.metrics["frechet"]["value"]
 
 
 def train_points(out: Path, *more: str) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from team_worker import DRAWN, UPDATES, VARIANTS, chosen, state, train, train_points, wait_for
+from team_worker import DRAWN, UPDATES, VARIANTS, chosen, judged, state, train, train_points, wait_for
 from training_laws import points
 from undiffuse.commands.sample import sample
 from undiffuse.config import load_json
@@ -64,6 +64,7 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("team")
     alone = Trainer(points(), chosen(), seed=3)
     alone.pipeline().save(folder / "model")
+    np.save(folder / "points.npy", np.random.default_rng(0).normal(size=(200, 2)))
     train(alone, 2)
     checkpoint.save(folder / "checkpoints", alone.snapshot(), {}, keep=1)
     for code, _, stderr in finish(start(str(TESTS / "team_worker.py"), str(folder))):
@@ -177,6 +178,14 @@ def test_what_processes_say_to_each_other(team: Path) -> None:
 def test_two_processes_write_the_samples_of_one_to_the_last_byte(name: str, team: Path, tmp_path: Path) -> None:
     sample(team / "model", number=DRAWN[name], batch_size=2, seed=5, out=tmp_path / name, device="cpu")
     assert (team / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_two_processes_judge_the_samples_that_one_would(team: Path, tmp_path: Path) -> None:
+    alone = judged(team, tmp_path / "judged")
+    assert [facts(team, rank)["judged"] for rank in range(SIZE)] == [alone, alone]
+    ours, theirs = (next(folder.glob("samples-*.npy")) for folder in (tmp_path / "judged", team / "judged"))
+    assert ours.name == theirs.name
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_a_file_that_cannot_be_written_is_refused_on_all(team: Path) -> None:

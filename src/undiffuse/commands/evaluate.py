@@ -90,13 +90,13 @@ def evaluate(
     """
     from ..config import override
     from ..data import open_dataset
+    from ..distributed import joined
     from ..evaluation.evaluate import evaluate_samples
     from ..evaluation.samples import is_model, open_model
-    from ..pipeline import BATCH, REGISTRIES, resolve_device
+    from ..pipeline import BATCH, REGISTRIES
 
     if against is None:
         raise UndiffuseError(f"say which data to compare with: undiffuse evaluate {samples} --against DATA")
-    device = resolve_device(device)
     words: list[str] = ["undiffuse", "evaluate", samples, "--against", against]
     given = {
         "--features": features,
@@ -124,64 +124,66 @@ def evaluate(
     words += [] if span is None else ["--span", *map(str, span)]
     words += ["--extrapolate"] * extrapolate + ["--allow-small"] * allow_small
     words += [word for setting in set for word in ("--set", setting)]
-    data = open_dataset(
-        against,
-        image_size=image_size,
-        channels=channels,
-        data_root=data_root,
-        labels=labels,
-        length=length,
-        frames=frames,
-        seed=data_seed,
-    )
-    apart = None
-    if held_out is not None:
-        apart = open_dataset(
-            held_out,
+    with joined(device) as (team, place):
+        data = open_dataset(
+            against,
             image_size=image_size,
-            channels=channels if channels is not None or data.spec.kind != "image" else data.spec.channels,
+            channels=channels,
             data_root=data_root,
             labels=labels,
             length=length,
             frames=frames,
             seed=data_seed,
         )
-    changes = {"solver": solver, "steps": steps, "grid": grid, "guidance_scale": guidance_scale}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if is_model(samples):
-        source = open_model(samples, device)
-        settings = override(source.pipeline.settings(None, **changes), set, REGISTRIES)
-        folder = source.run / "evaluation" if source.run is not None else Path("evaluation")
-    else:
-        source, settings, folder = samples, None, Path("evaluation")
-        unused = [
-            *changes,
-            *(["set"] if set else []),
-            *(["seed"] if seed else []),
-            *(["plan"] if plan != "data" else []),
-        ]
-        if unused:
-            option = unused[0].replace("_", "-")
-            raise UndiffuseError(f"{samples}: no model, so --{option} would change nothing; leave it out")
-    return evaluate_samples(
-        source,
-        data,
-        features=features,
-        number=number,
-        metrics=None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()],
-        held_out=apart,
-        extrapolate=extrapolate,
-        likelihood=likelihood,
-        plan=plan,
-        seed=seed,
-        sampling=settings,
-        batch_size=BATCH if batch_size is None else batch_size,
-        span=span,
-        device=device,
-        out=folder if out is None else out,
-        allow_small=allow_small,
-        command=shlex.join(words),
-    )
+        apart = None
+        if held_out is not None:
+            apart = open_dataset(
+                held_out,
+                image_size=image_size,
+                channels=channels if channels is not None or data.spec.kind != "image" else data.spec.channels,
+                data_root=data_root,
+                labels=labels,
+                length=length,
+                frames=frames,
+                seed=data_seed,
+            )
+        changes = {"solver": solver, "steps": steps, "grid": grid, "guidance_scale": guidance_scale}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if is_model(samples):
+            source = open_model(samples, place)
+            settings = override(source.pipeline.settings(None, **changes), set, REGISTRIES)
+            folder = source.run / "evaluation" if source.run is not None else Path("evaluation")
+        else:
+            source, settings, folder = samples, None, Path("evaluation")
+            unused = [
+                *changes,
+                *(["set"] if set else []),
+                *(["seed"] if seed else []),
+                *(["plan"] if plan != "data" else []),
+            ]
+            if unused:
+                option = unused[0].replace("_", "-")
+                raise UndiffuseError(f"{samples}: no model, so --{option} would change nothing; leave it out")
+        return evaluate_samples(
+            source,
+            data,
+            features=features,
+            number=number,
+            metrics=None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()],
+            held_out=apart,
+            extrapolate=extrapolate,
+            likelihood=likelihood,
+            plan=plan,
+            seed=seed,
+            sampling=settings,
+            batch_size=BATCH if batch_size is None else batch_size,
+            span=span,
+            device=place,
+            out=folder if out is None else out,
+            allow_small=allow_small,
+            command=shlex.join(words),
+            team=team,
+        )
 
 
 def report(found: Evaluation) -> str:

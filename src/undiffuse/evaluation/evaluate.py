@@ -26,6 +26,7 @@ from .. import __version__
 from ..config import write_json_atomic
 from ..data import Dataset
 from ..data.base import ArrayDataset, digest
+from ..distributed import ALONE, Team
 from ..errors import UndiffuseError, choose
 from ..objectives import Stratified, UniformTimes
 from ..pipeline import BATCH, Pipeline, Sampling
@@ -72,6 +73,7 @@ def evaluate_samples(
     out: str | os.PathLike[str] = "evaluation",
     allow_small: bool = False,
     command: str = "",
+    team: Team = ALONE,
 ) -> Evaluation:
     """Judge ``samples`` (a model, or a folder or file of them) against ``data``, and write the report.
 
@@ -89,6 +91,7 @@ def evaluate_samples(
         out: a folder is made in here, named by what was measured.
         allow_small: give the Frechet distance of fewer rows than dimensions too (trap V4).
         command: for the report.
+        team: the processes that share the sampling; each gets the result, and the first writes it.
 
     Raises:
         UndiffuseError: samples that do not fit the data; a metric that was named and cannot be had; nothing to measure.
@@ -101,14 +104,25 @@ def evaluate_samples(
     model = samples if isinstance(samples, Judgeable) else None
     if model is None and likelihood:
         raise UndiffuseError("--likelihood is of a model, not of samples")
-    chosen = make_features(features, data, cache=cache, device=device)
     out = Path(out)
+    chosen, n = None, number
+    with team.agree():
+        if team.first:
+            chosen = make_features(features, data, cache=cache, device=device)
+            if model is not None:
+                blank = model.pipeline.spec.to_data(torch.zeros(1, *model.pipeline.spec.shape))
+                chosen.aligned(blank, model.pipeline.spec)  # refuses other sizes and units before anything is drawn
+                n = number or sensible(chosen, len(data if held_out is None else held_out), held_out is None)
+    judged = None
     if model is not None:
-        blank = model.pipeline.spec.to_data(torch.zeros(1, *model.pipeline.spec.shape))
-        chosen.aligned(blank, model.pipeline.spec)  # refuses other sizes and units before anything is drawn
-        n = number or sensible(chosen, len(data if held_out is None else held_out), held_out is None)
-        judged = draw(model, data, n, keep=out, plan=plan, seed=seed, sampling=sampling, batch_size=batch_size)
-    else:
+        n = team.tell(n)
+        judged = draw(
+            model, data, n, keep=out, plan=plan, seed=seed, sampling=sampling, batch_size=batch_size, team=team
+        )
+    if not team.first:  # it has drawn its share; the rest is done by one
+        return Evaluation(**team.tell())
+    assert chosen is not None
+    if judged is None:
         assert not isinstance(samples, Judgeable)
         judged = open_samples(samples, chosen, data, span)
     count = len(judged)
@@ -183,6 +197,7 @@ def evaluate_samples(
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / "evaluation.json", vars(result))
     write_report(result, Evidence(judged, drawn, data, chosen, pairs), folder, earlier(out, folder))
+    team.tell(vars(result))
     return result
 
 

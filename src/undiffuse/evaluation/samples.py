@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..config import from_json, load_json, to_json
 from ..data import DATASETS, Dataset
 from ..data.base import ArrayDataset, digest
+from ..distributed import ALONE, Team
 from ..errors import UndiffuseError, choose
 from ..outputs import describe
 from ..pipeline import BATCH, REGISTRIES, Pipeline, Sampling, find_pipeline
@@ -132,8 +133,10 @@ def draw(
     seed: int = 0,
     sampling: Sampling | None = None,
     batch_size: int = BATCH,
-) -> Judged:
-    """``n`` samples of ``model`` as an ``.npy`` in the folder ``keep``: from there if they were drawn before.
+    team: Team = ALONE,
+) -> Judged | None:
+    """``n`` samples of ``model`` as an ``.npy`` in the folder ``keep``: from there if they were drawn before. Each
+    process of a ``team`` draws its share of the batches, and the first has them all; the others get None.
 
     Sample i is a function of the seed, i and its class, so the file's name holds all that decides them.
     """
@@ -145,8 +148,10 @@ def draw(
     key = digest("samples 1", pipeline.fingerprint, repr(stated), repr((seed, n, classes)), str(pipeline.device.type))
     pipeline.begin(1, seed=seed, classes=classes, sampling=settings)  # refuses what cannot be sampled, before any file
     path = keep / f"samples-{key[:16]}.npy"
-    if not path.is_file():
-        _draw(pipeline, n, seed, classes, settings, batch_size, path)
+    if not team.tell(path.is_file()):
+        _draw(pipeline, n, seed, classes, settings, batch_size, path, team)
+    if not team.first:
+        return None
     names = {name: k for k, name in enumerate(data.spec.classes)}
     labels = None
     if classes is not None and set(pipeline.spec.classes) <= set(names):
@@ -177,24 +182,31 @@ def _draw(
     sampling: Sampling,
     batch_size: int,
     path: Path,
+    team: Team,
 ) -> None:
-    """The samples, a batch in memory at a time. The file appears when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shape, dtype = (n, *pipeline.spec.original_shape), np.dtype(pipeline.spec.dtype)
-    with _temporary(path) as part:
-        values = np.lib.format.open_memmap(part, "w+", dtype, shape)
-        with tqdm(total=n, desc="sampling", unit="sample", leave=False, disable=None) as bar:
-            for start in range(0, n, batch_size):
-                numbers = range(start, min(start + batch_size, n))
+    """The samples, a batch in model units at a time. The file appears when it is whole."""
+    mine = team.mine(range(n), batch_size)
+    values = np.empty((len(mine), *pipeline.spec.original_shape), np.dtype(pipeline.spec.dtype))
+    with (
+        team.agree(),
+        tqdm(total=len(mine), desc="sampling", unit="sample", leave=False, disable=None if team.first else True) as bar,
+    ):
+        for start in range(0, len(mine), batch_size):
+            numbers = mine[start : start + batch_size]
 
-                def tick(done: int, total: int, start: int = start, count: int = len(numbers)) -> None:
-                    bar.update(start + count * done // total - bar.n)
+            def tick(done: int, total: int, start: int = start, count: int = len(numbers)) -> None:
+                bar.update(start + count * done // total - bar.n)
 
-                x = pipeline.draw(
-                    numbers, seed=seed, classes=classes, sampling=sampling, batch_size=batch_size, progress=tick
-                )
-                values[start : numbers.stop] = pipeline.spec.to_data(x)
-        values.flush()
+            x = pipeline.draw(
+                numbers, seed=seed, classes=classes, sampling=sampling, batch_size=batch_size, progress=tick
+            )
+            values[start : start + len(numbers)] = pipeline.spec.to_data(x)
+    values = team.gather(values)
+    with team.agree():
+        if team.first:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _temporary(path) as part, part.open("wb") as file:
+                np.save(file, values, allow_pickle=False)
 
 
 @contextmanager
