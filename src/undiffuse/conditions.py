@@ -310,7 +310,7 @@ class Text(Written):
         self.pairs = BytePairs(tuple(vocabulary))
         self.length, self.token_width, self.layer_count, self.heads = length, token_width, layers, heads
         self.table = nn.Embedding(self.pairs.count, token_width)
-        self.places = nn.Parameter(nn.init.normal_(torch.empty(1 + length, token_width), std=0.1))
+        self.places = nn.Parameter(0.1 * nn.Embedding(1 + length, token_width).weight.detach())
         self.layers = nn.ModuleList(Reading(token_width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(token_width)
         self.pooled = nn.Linear(token_width, width)
@@ -465,7 +465,7 @@ class Patches(Condition):
         for n in shape[1:]:
             count *= n // patch
         self.linear = nn.Linear(shape[0] * patch ** (len(shape) - 1), token_width)
-        self.places = nn.Parameter(nn.init.normal_(torch.empty(count, token_width), std=0.1))
+        self.places = nn.Parameter(0.1 * nn.Embedding(count, token_width).weight.detach())
 
     @property
     def config(self) -> dict[str, Any]:

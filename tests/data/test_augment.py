@@ -178,7 +178,7 @@ def test_the_augmentation_is_told_in_training_and_none_in_sampling(pictures: Fil
     assert pipeline.config.conditions["augmentation"] == {"kind": "augmentation", "size": 9}
     asked = pipeline.conditions(range(4), None)
     assert not asked["augmentation"].any()
-    assert pipeline.denoiser.conditions.part("augmentation").embed(torch.zeros(1, 9)).abs().max() == 0
+    assert pipeline.denoiser.conditions.part("augmentation").embed(torch.zeros(1, 9)).vector.abs().max() == 0
     assert pipeline.sample(2, steps=2, guidance_scale=2).shape == (2, 8, 8, 3)
 
 

@@ -39,7 +39,8 @@ def test_every_named_set_keeps_the_contract(name: str) -> None:
     again = open_dataset(name)
     assert again.fingerprint == data.fingerprint
     if data.spec.bounded:
-        assert (x.min(), x.max()) == (-1, 1)
+        assert -1 <= x.min() < -0.8
+        assert 0.8 < x.max() <= 1
     else:
         everything = data.batch(range(len(data)))[0]
         assert everything.mean(0).abs().max() < 1e-4
@@ -99,7 +100,6 @@ def test_a_file_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("digts", "did you mean 'digits'"),
         ("", "no data"),
         ("cats.tar", "no data"),
-        ("hf:cats", "no data"),
         ("x" * 300, "no data"),
         ("~nobody9/a", "no data"),
         ("a\0b", "no data"),

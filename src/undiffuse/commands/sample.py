@@ -24,7 +24,7 @@ undiffuse sample runs/demo --out digits.npy -n 1000   the data's own units
 undiffuse sample runs/demo --out digits.webp       the way from noise to data
 undiffuse sample runs/demo --out folder/           one PNG a sample
 undiffuse sample --from samples.png                the same picture again
-undiffuse sample runs/shapes --prompt "two green triangles above a yellow circle"
+undiffuse sample runs/shapes --prompt "a red circle above a blue square"
 undiffuse sample runs/demo --solver ddpm --steps 250 --set noise=brownian
 """
 

@@ -27,7 +27,7 @@ undiffuse train moons --recipe tiny        seconds, to see that it works
 undiffuse train ./photos --image-size 64   a folder of images, or folders of
                                            them, one a class
 undiffuse train mnist --data-root ~/data --minutes 30
-undiffuse train shapes --recipe text       pictures with captions: text to image
+undiffuse train shapes --recipe text       captions: text to image
 undiffuse train ./photos --until-converged
 undiffuse train volumes.npy --set optimiser.lr=0.0005 --set training.keep=5
 """

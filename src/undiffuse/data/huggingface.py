@@ -34,9 +34,8 @@ PLAIN = ("int", "uint", "string", "bool")
 
 def is_saved(path: Path) -> bool:
     """Whether ``save_to_disk`` has written this folder."""
-    return any((path / name).is_file() for name in SAVED) and (
-        (path / "state.json").is_file() or (path / SAVED[1]).is_file()
-    )
+    there = [os.path.isfile(path / name) for name in (*SAVED, "state.json")]  # False for names that no path may have
+    return any(there[: len(SAVED)]) and (there[-1] or there[1])
 
 
 @final
