@@ -168,8 +168,16 @@ def shares(team: Team, folder: Path, facts: dict[str, Any]) -> None:
 
 def judged(folder: Path, out: Path) -> float:
     """The Frechet distance of the model's samples."""
-    words = {"number": 40, "batch_size": 8, "metrics": "frechet", "plan": "uniform", "device": "cpu"}
-    found = evaluate(str(folder / "model"), against=str(folder / "points.npy"), out=out, **words)
+    found = evaluate(
+        str(folder / "model"),
+        against=str(folder / "points.npy"),
+        number=40,
+        batch_size=8,
+        metrics="frechet",
+        plan="uniform",
+        device="cpu",
+        out=out,
+    )
     return found.metrics["frechet"]["value"]
 
 
