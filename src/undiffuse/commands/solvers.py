@@ -394,17 +394,17 @@ def _report_measured(measured: Measured) -> str:
     lines = [
         f"{measured.model}: {measured.samples} samples, Frechet distance in {measured.components} components",
     ]
-    for part in [columns[i : i + 7] for i in range(0, len(columns), 7)]:
+    for part in [columns[i : i + 6] for i in range(0, len(columns), 6)]:
         for title, value in (
             ("Frechet distance", lambda row: row.frechet),
             ("distance to the fine solution", lambda row: row.error),
         ):
             cells = {(row.solver, row.calls): value(row) for row in measured.rows if value(row) is not None}
-            lines += ["", f"{title} after", f"{'calls':<20}" + "".join(f"{n:>8}" for n in part)]
+            lines += ["", f"{title} after", f"{'calls':<20}" + "".join(f"{n:>10}" for n in part)]
             for name in names:
                 shown = [cells.get((name, n)) for n in part]
                 if any(cell is not None for cell in shown):
-                    row = "".join(f"{'-' if cell is None else format(cell, '.3g'):>8}" for cell in shown)
+                    row = "".join(f"{'-' if cell is None else format(cell, '.3g'):>10}" for cell in shown)
                     lines.append(f"{name:<20}{row}")
     lines += ["", f"of the fine solution itself: {measured.floor:.3g} and {measured.fine_error:.1g}"]
     lines += [f"not measured: {each}" for each in measured.skipped]
