@@ -124,11 +124,12 @@ def test_law_5_a_run_stopped_by_ctrl_c_goes_on_as_if_it_had_not_been(cut: int, t
 def test_SG1_the_first_signal_saves_and_says_which_it_was(name: str, code: int, tmp_path: Path) -> None:
     lines: list[str] = []
     number = signal.Signals[name]
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, progress=stop_at(3, number), say=lines.append)
     assert stopped.value.code == code
     assert "stopped    after update 3, saved; resume with the same command" in lines[-1]
-    assert signal.getsignal(number) == signal.SIG_DFL  # and the handlers are given back
+    assert signal.getsignal(number) == before  # and the handlers are given back
     found = checkpoint.newest(tmp_path / "checkpoints")
     assert found is not None
     assert found.step == 3

@@ -101,12 +101,11 @@ class DataSpec:
 
     @property
     def stated(self) -> str:
-        """All that it says, for fingerprints: fields at their defaults are left out, so that a later version that knows
-        more of data does not take the same data for others."""
-        said = [
-            (each.name, getattr(self, each.name)) for each in fields(self) if getattr(self, each.name) != each.default
-        ]
-        return ", ".join(f"{name}={value!r}" for name, value in said)
+        """All that it says, for fingerprints. A field that a later version adds has ``repr=False`` and stands here only
+        where it is used, so that the same data are not taken for others."""
+        said = {each.name: getattr(self, each.name) for each in fields(self)}
+        used = [each.name for each in fields(self) if each.repr or said[each.name] != each.default]
+        return f"DataSpec({', '.join(f'{name}={said[name]!r}' for name in used)})"
 
     @property
     def bounded(self) -> bool:

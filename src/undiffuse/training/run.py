@@ -445,7 +445,7 @@ class _Run:
         def due(*every: int) -> bool:
             return any(each and step % each == 0 for each in every)
 
-        if self.held_out is not None and (last or due(training.evaluate_every)):
+        if self.held_out is not None and (last or due(training.evaluate_every, training.quality_every)):
             trainer.check()
             self._evaluate(self.held_out, last)
         if training.until_converged and trainer.plan.images is None:
