@@ -45,7 +45,7 @@ export async function request(path, body, signal) {
       continue;
     }
     if (response.ok) {
-      complain();
+      if (tries > 0) complain();
       return response;
     }
     const said = (await response.json().catch(() => ({}))).error ?? {};
@@ -85,15 +85,22 @@ export const json = async (path, body, signal) => (await request(path, body, sig
 export function latest(work, stage) {
   /** @type {AbortController | undefined} */
   let running;
+  let complained = false; // only who has complained takes it back
   return async (...given) => {
     running?.abort();
     const mine = (running = new AbortController());
     stage.setAttribute("aria-busy", "true");
     try {
       await pause(60, mine.signal); // a slider that moves asks once
-      return await work(mine.signal, ...given);
+      const result = await work(mine.signal, ...given);
+      if (complained) complain();
+      complained = false;
+      return result;
     } catch (error) {
-      if (!mine.signal.aborted) complain(error instanceof Error ? sentence(error.message) : String(error));
+      if (!mine.signal.aborted) {
+        complain(error instanceof Error ? sentence(error.message) : String(error));
+        complained = true;
+      }
       return undefined;
     } finally {
       if (running === mine) stage.setAttribute("aria-busy", "false");
