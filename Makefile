@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench studio-model docs
+.PHONY: help demo test test-all lint types bench studio-model docs
 
 help: ## this list
 	@echo "undiffuse: diffusion models from noise to sample"
@@ -31,10 +31,18 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## train on real handwritten digits and sample from the model, into runs/demo (two minutes)
 	@unset OMP_NUM_THREADS; $(BIN)/undiffuse demo
 
-lint: $(READY) ## ruff check, ruff format --check, pyrefly check
+lint: $(READY) types ## ruff check, ruff format --check, pyrefly check, tsc
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
+
+TYPESCRIPT := 5.9.3
+TSC := .cache/typescript-$(TYPESCRIPT)/node_modules/.bin/tsc
+
+types: ## the studio's page against its JSDoc types; tsc comes from npm, where there is one
+	@if test -x $(TSC) || npm install --silent --no-save --no-package-lock --prefix $(patsubst %/node_modules/.bin/tsc,%,$(TSC)) \
+		typescript@$(TYPESCRIPT) >/dev/null 2>&1; then echo "$(TSC) -p jsconfig.json"; $(TSC) -p jsconfig.json; \
+		else echo "types: SKIPPED, the page's types are not checked: npm is not here, or could not fetch typescript"; fi
 
 test: lint ## everything that CI runs
 	$(BIN)/pytest -n 2

@@ -43,6 +43,9 @@ export const ABOUT = {
   v: { label: "Down", words: "The place between the upper and the lower edge.", formula: "ε(u, v) = slerp(ε_ab(u), ε_cd(u); v)", chapter: "editing" },
 };
 
+/** The explanations that are open. @returns {NodeListOf<HTMLDetailsElement>} */
+const opened = () => document.querySelectorAll("details.why[open]");
+
 /** "?" with the sentence, the formula and the chapter. @param {string} key */
 export function why(key) {
   const { label, words, formula, chapter } = ABOUT[key];
@@ -51,23 +54,23 @@ export function why(key) {
     el("div", { class: "note" }, el("p", {}, words), el("p", { class: "formula" }, formula),
       el("a", { href: `/studio/chapter/${chapter}`, target: "_blank", rel: "noopener" }, `The chapter on ${chapter}`)));
   details.addEventListener("toggle", () => {
-    if (details.open) for (const other of document.querySelectorAll("details.why[open]")) if (other !== details) /** @type {any} */ (other).open = false;
+    if (details.open) for (const other of opened()) if (other !== details) other.open = false;
   });
   return details;
 }
 
 document.addEventListener("click", (event) => {
-  for (const open of document.querySelectorAll("details.why[open]")) if (!open.contains(/** @type {Node} */ (event.target))) /** @type {any} */ (open).open = false;
+  for (const each of opened()) if (!each.contains(/** @type {Node} */ (event.target))) each.open = false;
 });
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
-  for (const open of document.querySelectorAll("details.why[open]")) {
-    /** @type {any} */ (open).open = false;
-    /** @type {any} */ (open.querySelector("summary")).focus();
+  for (const each of opened()) {
+    each.open = false;
+    each.querySelector("summary")?.focus();
   }
 });
 
-/** @param {string} key @param {any} input @param {any} [output] */
+/** @param {string} key @param {HTMLElement} input @param {HTMLElement} [output] */
 const frame = (key, input, output) =>
   el("div", { class: "knob" },
     el("div", { class: "knob-head" }, el("label", { htmlFor: input.id }, ABOUT[key].label), output, why(key)), input);

@@ -3,9 +3,10 @@
 import * as api from "./api.js";
 import { asked, modelOf, open as blank, shared, slider, snippets } from "./controls.js";
 import * as state from "./state.js";
-import { aspect, Chart, draw, el, item, nearest, reach, short, sizeOf, together } from "./view.js";
+import { aspect, canvases, Chart, draw, el, item, nearest, reach, short, sizeOf, together } from "./view.js";
 
 /** @typedef {import("./api.js").Message} Message */
+/** @typedef {import("./controls.js").World} World */
 
 const SCALES = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 8];
 
@@ -15,7 +16,7 @@ export const now = {};
 export default {
   title: "Guidance",
   words: "Guidance pushes the estimate away from what the model says without the class. More of it is clearer, less varied, and in the end wrong.",
-  /** @param {HTMLElement} root @param {any} world @param {() => void} again */
+  /** @param {HTMLElement} root @param {World} world @param {() => void} again */
   open(root, world, again) {
     const model = modelOf(world);
     if (!model.classes.length) {
@@ -38,6 +39,7 @@ export default {
       low: state.number("low", 0), high: state.text("high") === "" ? null : state.number("high", 1),
     });
 
+    /** @type {(judge?: boolean) => Promise<unknown>} */
     const load = api.latest(async (signal, judge = false) => {
       strip = await api.arrays("strip", { base: judge ? { ...ask(), n: 20 } : ask(), scales: SCALES, judge }, signal);
       if (judge) {
@@ -68,10 +70,11 @@ export default {
       const [columns, rows] = strip.arrays.x.shape;
       const chosen = nearest(SCALES, state.number("scale", usual));
       const range = reach(model, 1, 0);
+      const small = canvases(sheet);
       for (let r = 0; r < rows; r++)
         for (let c = 0; c < columns; c++)
-          draw(/** @type {any} */ (sheet.children[columns * (r + 1) + c]), model, item(strip.arrays.x, size, c * rows + r), range);
-      [...big.children].forEach((canvas, r) => draw(/** @type {any} */ (canvas), model, item(/** @type {Message} */ (strip).arrays.x, size, chosen * rows + r), range));
+          draw(small[columns * r + c], model, item(strip.arrays.x, size, c * rows + r), range);
+      canvases(big).forEach((canvas, r) => draw(canvas, model, item(/** @type {Message} */ (strip).arrays.x, size, chosen * rows + r), range));
       for (let c = 0; c < columns; c++) sheet.children[c].classList.toggle("on", c === chosen);
       const variety = strip.variety[chosen];
       bigWords.textContent = `s = ${short(SCALES[chosen])}` + (variety === null ? "" : `; two samples of one class differ by ${short(variety)}`);
@@ -85,7 +88,7 @@ export default {
       const k = [...sheet.children].indexOf(/** @type {Element} */ (event.target));
       if (k < 0) return;
       state.set({ scale: SCALES[k % SCALES.length] });
-      /** @type {HTMLInputElement} */ const knob = /** @type {any} */ (document.getElementById("knob-scale"));
+      const knob = /** @type {HTMLInputElement} */ (document.getElementById("knob-scale"));
       knob.value = String(k % SCALES.length);
       knob.dispatchEvent(new Event("input"));
     });
@@ -108,7 +111,7 @@ export default {
     load();
     return {
       snippets: () => snippets(world, { ...ask(), scale: SCALES[nearest(SCALES, state.number("scale", usual))] }),
-      picture: () => (strip ? together([...sheet.querySelectorAll("canvas")], SCALES.length) : null),
+      picture: () => (strip ? together(canvases(sheet), SCALES.length) : null),
       animation: () => ask(),
       close: () => window.removeEventListener("redress", redraw),
     };

@@ -12,7 +12,8 @@ import walk from "./walk.js";
 
 /** @typedef {{snippets?: () => Record<string, string>, picture?: () => HTMLCanvasElement | null, animation?: () => object | null,
  *  close?: () => void}} Open */
-/** @typedef {{title: string, words: string, open: (root: HTMLElement, world: any, again: () => void) => Open}} Lab */
+/** @typedef {import("./controls.js").World} World */
+/** @typedef {{title: string, words: string, open: (root: HTMLElement, world: World, again: () => void) => Open}} Lab */
 
 /** @type {Record<string, Lab>} */
 const LABS = { time, solvers, guidance, plane, runs, walk };
@@ -20,7 +21,7 @@ const LABS = { time, solvers, guidance, plane, runs, walk };
 const main = /** @type {HTMLElement} */ (document.getElementById("main"));
 const nav = /** @type {HTMLElement} */ (document.getElementById("labs"));
 const sheet = /** @type {HTMLDialogElement} */ (document.getElementById("sheet"));
-/** @type {any} */
+/** @type {World} */
 let world;
 /** @type {Open} */
 let opened = {};

@@ -6,6 +6,7 @@ import * as state from "./state.js";
 import { Chart, el, item, nearest, short } from "./view.js";
 
 /** @typedef {import("./api.js").Message} Message */
+/** @typedef {import("./controls.js").World} World */
 
 const SIDE = 560;
 
@@ -27,7 +28,7 @@ function read(words) {
 export default {
   title: "Plane",
   words: "Two dimensions, where everything can be seen: density, particles, and the field that moves them, exact and learned side by side.",
-  /** @param {HTMLElement} root @param {any} world @param {() => void} _again */
+  /** @param {HTMLElement} root @param {World} world @param {() => void} _again */
   open(root, world, _again) {
     /** @type {Message | undefined} */ let exact;
     /** @type {Message | undefined} */ let learned;
@@ -295,7 +296,7 @@ export default {
 
     const redraw = () => paint();
     window.addEventListener("redress", redraw);
-    const fixed = world.solvers.filter((/** @type {any} */ each) => each.fixed).map((/** @type {any} */ each) => each.name);
+    const fixed = world.solvers.filter((each) => each.fixed).map((each) => each.name);
     root.append(
       el("aside", { class: "knobs", "aria-label": "Controls" },
         choice("cloud", "moons", [...plainly(world.clouds), ["drawn", "drawn by hand"]], load), hand,
@@ -319,7 +320,7 @@ export default {
     return {
       picture: () => {
         const sheet = el("canvas", { width: 2 * SIDE + 8, height: SIDE });
-        const brush = sheet.getContext("2d");
+        const brush = /** @type {CanvasRenderingContext2D} */ (sheet.getContext("2d"));
         brush.fillStyle = getComputedStyle(document.body).getPropertyValue("--card");
         brush.fillRect(0, 0, sheet.width, sheet.height);
         brush.drawImage(panels.exact.canvas, 0, 0);

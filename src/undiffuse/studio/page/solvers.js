@@ -3,9 +3,10 @@
 import * as api from "./api.js";
 import { asked, choice, modelOf, plainly, shared, slider, snippets } from "./controls.js";
 import * as state from "./state.js";
-import { aspect, Chart, draw, el, item, nearest, reach, short, sizeOf, together } from "./view.js";
+import { aspect, canvases, Chart, draw, el, item, nearest, reach, short, sizeOf, together } from "./view.js";
 
 /** @typedef {import("./api.js").Message} Message */
+/** @typedef {import("./controls.js").World} World */
 
 /** What is on the screen, for whoever looks from outside (tests). @type {Record<string, any>} */
 export const now = {};
@@ -13,7 +14,7 @@ export const now = {};
 export default {
   title: "Solvers",
   words: "A schedule says how data becomes noise, a grid where to stop on the way back, a solver how to take each step. Compare two for the same price.",
-  /** @param {HTMLElement} root @param {any} world @param {() => void} again */
+  /** @param {HTMLElement} root @param {World} world @param {() => void} again */
   open(root, world, again) {
     const model = modelOf(world);
     const size = sizeOf(model);
@@ -88,8 +89,8 @@ export default {
         const { steps, calls, t: times, alpha, sigma } = both[name];
         const f = nearest(times, t);
         const count = both.arrays[`${name}_x`].shape[1];
-        [...sheet.children].forEach((canvas, k) =>
-          draw(/** @type {any} */ (canvas), model, item(/** @type {Message} */ (both).arrays[`${name}_x`], size, f * count + k), reach(model, alpha[f], sigma[f])));
+        canvases(sheet).forEach((canvas, k) =>
+          draw(canvas, model, item(/** @type {Message} */ (both).arrays[`${name}_x`], size, f * count + k), reach(model, alpha[f], sigma[f])));
         words.textContent = `${steps} steps, ${calls} calls; step ${f}, t = ${short(times[f])}`;
         now[name] = { frame: f, steps, calls };
       }
@@ -103,12 +104,13 @@ export default {
       button.disabled = true;
       try {
         const wanted = [...new Set([...world.quality_solvers, state.text("asolver", "euler"), state.text("bsolver", "dpmpp_2m")])]
-          .filter((name) => world.solvers.find((/** @type {any} */ each) => each.name === name)?.fixed).slice(0, 6);
+          .filter((name) => world.solvers.find((each) => each.name === name)?.fixed).slice(0, 6);
+        /** @type {{rows: {solver: string, calls: number, frechet: number}[], floor: number, recommendation: string}} */
         const found = await api.json("quality", { model: model.name, solvers: wanted }, signal);
-        const names = [...new Set(found.rows.map((/** @type {any} */ row) => row.solver))];
+        const names = [...new Set(found.rows.map((row) => row.solver))];
         quality.draw(names.map((name, i) => {
-          const rows = found.rows.filter((/** @type {any} */ row) => row.solver === name);
-          return { name: String(name).replaceAll("_", " "), x: rows.map((/** @type {any} */ r) => r.calls), y: rows.map((/** @type {any} */ r) => r.frechet),
+          const rows = found.rows.filter((row) => row.solver === name);
+          return { name: name.replaceAll("_", " "), x: rows.map((r) => r.calls), y: rows.map((r) => r.frechet),
             tone: (i % 6) + 1, dots: true, labels: rows.map(() => "") };
         }));
         qualityWords.textContent = `${api.sentence(found.recommendation)} Two sets of fine samples are ${short(found.floor)} apart: nothing below that can be seen.`;
@@ -118,7 +120,7 @@ export default {
       }
     }, root);
 
-    const fixed = plainly(world.solvers.filter((/** @type {any} */ each) => each.fixed).map((/** @type {any} */ each) => each.name));
+    const fixed = plainly(world.solvers.filter((each) => each.fixed).map((each) => each.name));
     const redraw = () => paint();
     window.addEventListener("redress", redraw);
     root.append(
@@ -147,7 +149,7 @@ export default {
         const made = snippets(world, shown());
         return { ...made, "Measure it yourself": `undiffuse solvers ${model.path}` };
       },
-      picture: () => (both ? together([...sides.a.sheet.children, ...sides.b.sheet.children].map((c) => /** @type {any} */ (c)), Math.min(5, both.arrays.a_x.shape[1])) : null),
+      picture: () => (both ? together([...canvases(sides.a.sheet), ...canvases(sides.b.sheet)], Math.min(5, both.arrays.a_x.shape[1])) : null),
       animation: () => shown(),
       close: () => window.removeEventListener("redress", redraw),
     };

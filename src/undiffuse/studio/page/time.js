@@ -3,9 +3,10 @@
 import * as api from "./api.js";
 import { asked, choice, classChoices, modelOf, shared, slider, snippets, whole, why } from "./controls.js";
 import * as state from "./state.js";
-import { aspect, Chart, draw, el, item, nearest, pictorial, reach, short, sizeOf, together } from "./view.js";
+import { aspect, canvases, Chart, draw, el, item, nearest, pictorial, reach, short, sizeOf, together } from "./view.js";
 
 /** @typedef {import("./api.js").Message} Message */
+/** @typedef {import("./controls.js").World} World */
 
 /** What is on the screen, for whoever looks from outside (tests). @type {Record<string, any>} */
 export const now = {};
@@ -21,7 +22,7 @@ export function levelAt(model, t) {
 export default {
   title: "Time",
   words: "Left is data, right is noise. Forward, a real picture drowns in noise; back, the model walks from that same noise to new data.",
-  /** @param {HTMLElement} root @param {any} world @param {() => void} again */
+  /** @param {HTMLElement} root @param {World} world @param {() => void} again */
   open(root, world, again) {
     const model = modelOf(world);
     const size = sizeOf(model);
@@ -110,9 +111,10 @@ export default {
       const ts = Array.from(model.alpha, (_, i) => i / (model.alpha.length - 1));
       levels.draw([{ name: "signal α", x: ts, y: model.alpha }, { name: "noise σ", x: ts, y: model.sigma, tone: 2 },
         { name: "", x: trace.t, y: trace.sigma, tone: 2, dots: true }]);
-      const change = trace.t.slice(0, -1).map((_, /** @type {number} */ f) => {
+      const { x } = trace.arrays;
+      const change = Array.from({ length: trace.t.length - 1 }, (_, f) => {
         let sum = 0;
-        const [a, b] = [item(trace.arrays.x, size * count, f), item(trace.arrays.x, size * count, f + 1)];
+        const [a, b] = [item(x, size * count, f), item(x, size * count, f + 1)];
         for (let k = 0; k < a.length; k++) sum += (b[k] - a[k]) ** 2;
         return Math.sqrt(sum / a.length);
       });
@@ -153,14 +155,14 @@ export default {
       draw(tiles.change.canvas, model, difference, most);
       [...sheet.children].forEach((button, k) => {
         button.setAttribute("aria-pressed", String(k === i));
-        draw(/** @type {any} */ (button.firstChild), model, item(/** @type {Message} */ (trace).arrays.x, size, f * count + k), reach(model, a, s));
+        draw(/** @type {HTMLCanvasElement} */ (button.firstChild), model, item(/** @type {Message} */ (trace).arrays.x, size, f * count + k), reach(model, a, s));
       });
       if (offshoot) {
         const g = Math.max(0, f - offshootAt);
         const from = f < offshootAt ? trace : offshoot;
         const frame = f < offshootAt ? f : g;
-        [...branchSheet.children].forEach((canvas, k) =>
-          draw(/** @type {any} */ (canvas), model, item(from.arrays.x, size, frame * count + k), reach(model, a, s)));
+        canvases(branchSheet).forEach((canvas, k) =>
+          draw(canvas, model, item(from.arrays.x, size, frame * count + k), reach(model, a, s)));
         branchWords.textContent = `Left the way at t = ${short(trace.t[offshootAt])}; here as it is at the same time. Before that both are one.`;
       } else branchWords.textContent = "Move the slider to where it should leave the way, change something, and go on from there.";
 
@@ -271,7 +273,7 @@ export default {
     load();
     return {
       snippets: () => snippets(world, ask()),
-      picture: () => (trace ? together([...sheet.querySelectorAll("canvas")], Math.min(10, trace.arrays.x.shape[1])) : null),
+      picture: () => (trace ? together(canvases(sheet), Math.min(10, trace.arrays.x.shape[1])) : null),
       animation: () => ask(),
       close: () => { stop(); window.removeEventListener("redress", redraw); },
     };

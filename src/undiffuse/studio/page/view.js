@@ -5,8 +5,9 @@
  *             labels?: string[]}} Line */
 
 /** An element with properties and children.
- *  @param {string} tag @param {Record<string, any>} [given] @param {...(Node | string | null | undefined)} children
- *  @returns {any} */
+ *  @template {keyof HTMLElementTagNameMap} K
+ *  @param {K} tag @param {Record<string, any>} [given] @param {...(Node | string | null | undefined)} children
+ *  @returns {HTMLElementTagNameMap[K]} */
 export function el(tag, given = {}, ...children) {
   const node = document.createElement(tag);
   for (const [key, value] of Object.entries(given)) {
@@ -20,7 +21,7 @@ export function el(tag, given = {}, ...children) {
   return node;
 }
 
-/** @param {number} value */
+/** A number in a few characters. @param {number} value */
 export function short(value) {
   if (!Number.isFinite(value)) return value > 0 ? "∞" : value < 0 ? "−∞" : "–";
   const size = Math.abs(value);
@@ -87,6 +88,9 @@ function plot(canvas, pen, spec, values, range) {
 /** Row `i` of an array, `size` numbers each. @param {import("./api.js").Array} array @param {number} size @param {number} i */
 export const item = (array, size, i) => /** @type {Float32Array} */ (array.data.subarray(i * size, (i + 1) * size));
 
+/** The canvases inside an element, in order. @param {HTMLElement} root */
+export const canvases = (root) => [...root.querySelectorAll("canvas")];
+
 /** The place of the nearest value. @param {number[]} values @param {number} value */
 export const nearest = (values, value) => values.reduce((best, _, i) => (Math.abs(values[i] - value) < Math.abs(values[best] - value) ? i : best), 0);
 
@@ -98,7 +102,7 @@ export function together(canvases, columns) {
   const height = canvases[0].height * scale;
   const rows = Math.ceil(canvases.length / columns);
   const sheet = el("canvas", { width: columns * (width + gap) + gap, height: rows * (height + gap) + gap });
-  const pen = sheet.getContext("2d");
+  const pen = /** @type {CanvasRenderingContext2D} */ (sheet.getContext("2d"));
   pen.imageSmoothingEnabled = false;
   pen.fillStyle = "#fff";
   pen.fillRect(0, 0, sheet.width, sheet.height);
@@ -114,7 +118,9 @@ export function together(canvases, columns) {
 const SVG = "http://www.w3.org/2000/svg";
 const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [380, 220, 44, 10, 8, 34];
 
-/** @param {string} tag @param {Record<string, string | number>} given @param {string} [words] */
+/** An element of a drawing.
+ *  @template {keyof SVGElementTagNameMap} K
+ *  @param {K} tag @param {Record<string, string | number>} given @param {string} [words] @returns {SVGElementTagNameMap[K]} */
 function svg(tag, given, words) {
   const node = document.createElementNS(SVG, tag);
   for (const [key, value] of Object.entries(given)) node.setAttribute(key, String(value));

@@ -3,9 +3,10 @@
 import * as api from "./api.js";
 import { asked, choice, classChoices, modelOf, shared, slider, why } from "./controls.js";
 import * as state from "./state.js";
-import { aspect, draw, el, item, reach, short, sizeOf, together } from "./view.js";
+import { aspect, canvases, draw, el, item, reach, short, sizeOf, together } from "./view.js";
 
 /** @typedef {import("./api.js").Message} Message */
+/** @typedef {import("./controls.js").World} World */
 
 const ACROSS = 9;
 
@@ -15,7 +16,7 @@ export const now = {};
 export default {
   title: "Walk",
   words: "Between two noises lies a whole road of noises, and each becomes data. Walk across and down, or through the classes.",
-  /** @param {HTMLElement} root @param {any} world @param {() => void} again */
+  /** @param {HTMLElement} root @param {World} world @param {() => void} again */
   open(root, world, again) {
     const model = modelOf(world);
     const size = sizeOf(model);
@@ -48,7 +49,7 @@ export default {
           move(column / (ACROSS - 1), rows > 1 ? row / (rows - 1) : 0);
         } }, el("canvas"));
       }));
-      [...sheet.querySelectorAll("canvas")].forEach((canvas, k) => draw(canvas, model, item(/** @type {Message} */ (made).arrays.x, size, k), reach(model, 1, 0)));
+      canvases(sheet).forEach((canvas, k) => draw(canvas, model, item(/** @type {Message} */ (made).arrays.x, size, k), reach(model, 1, 0)));
       paint();
     }, root);
 
@@ -118,7 +119,7 @@ export default {
     };
     return {
       snippets: () => ({ Python: python() }),
-      picture: () => (made ? together([...sheet.querySelectorAll("canvas")], made.columns) : null),
+      picture: () => (made ? together(canvases(sheet), made.columns) : null),
       close: () => window.removeEventListener("redress", redraw),
     };
   },
