@@ -19,6 +19,7 @@ from undiffuse.config import override
 from undiffuse.data.base import ArrayDataset
 from undiffuse.evaluation import compare
 from undiffuse.evaluation.compare import Arm, Compared, arms_of, changed, constants, run_comparison, verdict
+from undiffuse.evaluation.compare_report import curves
 from undiffuse.evaluation.experiments import EXPERIMENTS
 from undiffuse.evaluation.paired import difference, t_quantile, t_tail
 from undiffuse.pipeline import REGISTRIES
@@ -212,7 +213,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_result(tmp_path: Path, monkeypa
         assert {name: f.value for name, f in a.figures.items()} == pytest.approx(
             {name: f.value for name, f in b.figures.items()}, rel=1e-4
         )
-        assert a.curve == b.curve
+        assert a.curves == b.curves
         weights = [Pipeline.load(run.path).fingerprint for run in (a, b)]
         assert weights[0] == weights[1]
     assert found.state == "finished"
@@ -223,7 +224,21 @@ def test_other_sampling_settings_sample_anew_from_the_same_runs(tmp_path: Path) 
     then = compared(tmp_path, "lr=0.01,0.02", "sampling.steps=5", seeds=1)
     assert first.fingerprints != then.fingerprints
     assert then.of(then.arms[0], "frechet") != first.of(first.arms[0], "frechet")
-    assert then.runs[0].curve == first.runs[0].curve
+    assert then.runs[0].curves == first.runs[0].curves
+
+
+def test_quality_during_training_has_a_curve_for_each_arm(tmp_path: Path) -> None:
+    settings = ("training.quality_every=5", "training.quality_samples=60")
+    found = compared(tmp_path, "lr=0.01,0.02", *settings)
+    (name,) = {name for run in found.runs for name in run.curves if name != "held_out_loss"}
+    assert "sliced wasserstein" in name
+    assert all([images for images, _ in run.curves[name]] == [80, 160] for run in found.runs)
+    charts = {chart.title: chart for chart in curves(found)}
+    chart = charts["Held-out loss"]
+    line = next(line for line in chart.lines if line.name == found.arms[0])
+    values = [run.curves["held_out_loss"][-1][1] for run in found.runs if run.arm == found.arms[0]]
+    assert line.y[-1] == pytest.approx(np.mean(values))
+    assert name in (found.path / "report.html").read_text()
 
 
 def test_an_arm_that_diverges_is_a_result(tmp_path: Path) -> None:

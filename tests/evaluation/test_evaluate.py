@@ -253,6 +253,9 @@ def test_a_model_is_judged_with_all_that_it_takes_to_do_it_again(
     page = (folder / "report.html").read_text()
     assert "default-src 'none'" in page
     assert "closest pairs" in page
+    assert "Held-out loss</" in page  # the curve of its run, against images seen
+    assert "this model" in page
+    assert "<th>note</th>" not in page  # there is none
     assert f"@misc{{undiffuse-{found.fingerprint}" in page
     assert found.command in page.replace("&#x27;", "'")
 

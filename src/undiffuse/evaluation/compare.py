@@ -35,7 +35,8 @@ from ..errors import UndiffuseError, choose
 from ..pipeline import BATCH, REGISTRIES, Pipeline, Sampling, resolve_device
 from ..training import Progress, Recipe, run_training
 from ..training.checkpoint import Lock
-from ..training.held_out import draws
+from ..training.held_out import LOSS as HELD_OUT
+from ..training.held_out import draws, read_curves
 from ..training.trainer import Diverged
 from .compare_report import write_report
 from .extraction import Extracted, extract, make_features, pick, reference_features
@@ -44,8 +45,6 @@ from .intervals import GROUPS, grouped
 from .metrics import METRICS, Examples, Figure, Metric, measure
 from .paired import Difference, difference
 from .samples import class_plan
-
-HELD_OUT = "held_out_loss"
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ class Run:
     state: str  # waiting, finished, diverged
     images: int = 0
     held_out_loss: float | None = None
-    curve: tuple[tuple[int, float], ...] = ()  # (images, held-out loss of the averaged weights)
+    curves: dict[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # as read_curves has them
     figures: dict[str, Figure] = field(default_factory=dict)
     samples: Path | None = None
     error: str = ""
@@ -436,16 +435,15 @@ class Instrument:
         values = self.draw(pipeline, sampling, run.seed, folder, say)
         self.kept[run.path] = sampled = examples(self.dataset, extract(self.features, values), self.asked(pipeline))
         figures = measure(sampled, self.data, held_out=self.real, allow_small=True)
-        rows = [json.loads(line) for line in (run.path / "held_out.jsonl").read_text().splitlines() if line]
-        curve = tuple((row["images"], row["ema"]) for row in rows if row["ema"] is not None)
+        curves = read_curves(run.path)
         status = json.loads((run.path / "status.json").read_text())
         say(f"measured   {'; '.join(str(figure) for figure in list(figures.values())[:1])}")
         return replace(
             run,
             state="finished",
             images=int(status["images"]),
-            held_out_loss=curve[-1][1] if curve else None,
-            curve=curve,
+            held_out_loss=curves[HELD_OUT][-1][1] if HELD_OUT in curves else None,
+            curves=curves,
             figures=figures,
             samples=folder,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from ..config import write_bytes_atomic
 from ..data.spec import DataSpec
 from ..outputs import drawable, grid
 from ..page import Chart, Charts, Code, Facts, Line, Notice, Part, Picture, Section, Table, Words, short, write
+from ..training.held_out import LOSS
 from .paired import difference
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def write_report(found: Compared, spec: DataSpec) -> None:
     picture = samples(found, spec)
     if picture is not None:
         parts.append(Section("Samples from the same noise", [picture]))
-    parts.append(Section("Curves", [Charts([curves(found)])]))
+    parts.append(Section("Curves", [Charts(curves(found))]))
     parts.append(Section("All figures", [everything(found)]))
     same = [[each.what, "the same" if each.same else "differs"] for each in found.constants]
     parts.append(Section("Held constant", [Table(["", ""], same)]))
@@ -130,21 +132,30 @@ def how_tested(found: Compared) -> str:
     )
 
 
-def curves(found: Compared) -> Chart:
-    """Held-out loss against images."""
-    lines = []
-    for arm in found.arms:
-        runs = [dict(run.curve) for run in found.runs if run.arm == arm and run.curve]
-        at = sorted(set.intersection(*(set(curve) for curve in runs))) if runs else []
-        each = [[curve[x] for curve in runs] for x in at]
-        mean = [sum(values) / len(values) for values in each]
-        lines.append(Line(arm, at, mean, [min(values) for values in each], [max(values) for values in each]))
+def curves(found: Compared) -> list[Chart]:
+    """The held-out loss, and the quality of samples where the runs have measured it, against images."""
     comparable = next(each.same for each in found.constants if each.what == "unit of the held-out loss")
-    note = "averaged weights; mean over seeds, and the least and the largest"
-    if not comparable:
-        note += ". NOT comparable between these arms: their objectives measure different errors"
-    title = "Held-out loss" if comparable else "Held-out loss, each arm in a unit of its own"
-    return Chart(title, lines, "images seen", settle=0.1, note=note)
+    charts = []
+    for figure in dict.fromkeys(name for run in found.runs for name in run.curves):
+        note, title = "averaged weights; mean over seeds, and the least and the largest", figure
+        if figure == LOSS:
+            title = "Held-out loss" if comparable else "Held-out loss, each arm in a unit of its own"
+            if not comparable:
+                note += ". NOT comparable between these arms: their objectives measure different errors"
+        lines = [
+            spread(arm, [dict(run.curves.get(figure, ())) for run in found.runs if run.arm == arm])
+            for arm in found.arms
+        ]
+        charts.append(Chart(title, lines, "images seen", settle=0.1 if figure == LOSS else 0.0, note=note))
+    return charts
+
+
+def spread(arm: str, runs: Sequence[dict[int, float]]) -> Line:
+    """The mean over an arm's runs where all of those that have a curve were measured, between the extremes."""
+    runs = [run for run in runs if run]
+    at = sorted(set.intersection(*map(set, runs))) if runs else []
+    each = [[run[x] for run in runs] for x in at]
+    return Line(arm, at, [sum(v) / len(v) for v in each], [min(v) for v in each], [max(v) for v in each])
 
 
 def everything(found: Compared) -> Table:

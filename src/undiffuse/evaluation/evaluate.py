@@ -196,7 +196,12 @@ def evaluate_samples(
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / "evaluation.json", vars(result))
-    write_report(result, Evidence(judged, drawn, data, chosen, pairs), folder, earlier(out, folder))
+    write_report(
+        result,
+        Evidence(judged, drawn, data, chosen, pairs, None if model is None else model.run),
+        folder,
+        earlier(out, folder),
+    )
     team.tell(vars(result))
     return result
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..data import Dataset
 from ..outputs import drawable, grid, scatter, tile
-from ..page import Bars, Charts, Code, Facts, Notice, Part, Picture, Section, Table, Words, short, write
+from ..page import Bars, Chart, Charts, Code, Facts, Line, Notice, Part, Picture, Section, Table, Words, short, write
+from ..training.held_out import LOSS, read_curves
 from ..training.report import smaller
 from .extraction import Extracted
 from .features import Features
@@ -35,6 +36,7 @@ class Evidence:
     data: Dataset
     features: Features
     pairs: tuple[tuple[int, int, float], ...] = ()  # sample, item of the data, distance
+    run: Path | None = None  # of the model, where it has one
 
 
 def write_report(found: Evaluation, evidence: Evidence, folder: Path, others: Sequence[Evaluation]) -> Path:
@@ -48,6 +50,8 @@ def write_report(found: Evaluation, evidence: Evidence, folder: Path, others: Se
         parts.append(Section("Classes", [classes(found), *_missing(found)]))
     if found.losses is not None:
         parts.append(Section("Loss by noise level", losses(found)))
+    if evidence.run is not None and (trained := training(evidence.run, found)):
+        parts.append(Section("How it came to this", [Charts(trained)]))
     if found.likelihood is not None:
         parts.append(Section("Likelihood", [Words(likelihood(found))]))
     if others:
@@ -98,7 +102,9 @@ def table(found: Evaluation) -> Table:
         rows.append(
             (name, each["value"], interval, floor, f"{each['n']:,}", READ[each["better"]], each["note"] or None)
         )
-    return Table(("metric", "value", "95 % interval", "floor", "n", "better", "note"), rows)
+    header = ("metric", "value", "95 % interval", "floor", "n", "better", "note")
+    told = any(row[-1] for row in rows)
+    return Table(header if told else header[:-1], rows if told else [row[:-1] for row in rows])
 
 
 def meaning(found: Evaluation) -> str:
@@ -184,6 +190,20 @@ def losses(found: Evaluation) -> list[Part]:
     unseen = "never trained on" if each["unseen"] else "that the model may have been trained on"
     words = f"{each['draws']:,} frozen draws of {each['items']:,} items {unseen}; {each['objective']} objective."
     return [Table(("noise level", "loss", "standard error"), rows), Words(words)]
+
+
+def training(run: Path, found: Evaluation) -> list[Chart]:
+    """What the run has measured of itself against the images that it had seen, and where this model stands."""
+    images = (found.samples.get("of") or {}).get("images")
+    charts = []
+    for name, points in read_curves(run).items():
+        at, values = zip(*points, strict=True)
+        loss = name == LOSS
+        lines = [Line("averaged weights", list(at), list(values))]
+        marks = {"this model": images} if images else {}
+        title = "Held-out loss" if loss else name
+        charts.append(Chart(title, lines, "images seen", settle=0.05 if loss else 0.0, marks=marks))
+    return charts
 
 
 def likelihood(found: Evaluation) -> str:

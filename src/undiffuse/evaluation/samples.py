@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 from tqdm import tqdm
 
-from ..config import from_json, load_json, to_json
+from ..config import from_json, load_json, to_json, write_bytes_atomic
 from ..data import DATASETS, Dataset
 from ..data.base import ArrayDataset, digest
 from ..distributed import ALONE, Team
@@ -205,19 +206,9 @@ def _draw(
     with team.agree():
         if team.first:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _temporary(path) as part, part.open("wb") as file:
-                np.save(file, values, allow_pickle=False)
-
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` that becomes it if all goes well, and is removed if not."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+            header = BytesIO()
+            write_array_header_1_0(header, header_data_from_array_1_0(values))
+            write_bytes_atomic(path, header.getvalue(), np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
 
 # --- samples that are there -------------------------------------------------------------------------------------------

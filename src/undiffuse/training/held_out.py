@@ -10,11 +10,13 @@ the least noise to the most) average to it exactly. Evaluating changes nothing (
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, cast, final
 
 import numpy as np
@@ -33,6 +35,8 @@ from .trainer import Trainer
 
 SEED = 0
 """Of the division and of all draws: not the run's, so that runs with other seeds can be compared."""
+LOSS = "held_out_loss"
+"""What the loss is called beside other figures."""
 SHARE = 10
 """At most one item in so many is held out."""
 LEAST = 10
@@ -280,6 +284,22 @@ def probe(probes: Sequence[Probe], pipeline: Pipeline) -> dict[str, dict[str, fl
             message = f"the probe {each.name} failed ({error}); training goes on"
             warnings.warn(message, UndiffuseWarning, stacklevel=2)
     return found
+
+
+def read_curves(run: str | Path) -> dict[str, tuple[tuple[int, float], ...]]:
+    """``(images seen, value)`` of everything that a run has measured as it went, for its averaged weights: the held-out
+    loss, by the name :data:`LOSS`, and each probe's numbers. Empty for a folder that is no run."""
+    path = Path(run) / "held_out.jsonl"
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+        row = json.loads(line)
+        values = {LOSS: row["ema"]}
+        for name, numbers in row["probes"].items():
+            values |= {name if len(numbers) == 1 else f"{name}: {each}": value for each, value in numbers.items()}
+        for name, value in values.items():
+            if value is not None:
+                found.setdefault(name, []).append((row["images"], value))
+    return {name: tuple(points) for name, points in found.items()}
 
 
 def finite(value: float | Tensor) -> float | None:
