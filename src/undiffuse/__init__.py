@@ -158,6 +158,12 @@ if TYPE_CHECKING:
     from .data import from_array as from_array
     from .data import open_dataset as open_dataset
 
+    # latents
+    from .codecs import CODECS as CODECS
+    from .codecs import Codec as Codec
+    from .codecs import Tiling as Tiling
+    from .codecs import decode_tiled as decode_tiled
+
     # pipeline
     from .pipeline import Pipeline as Pipeline
     from .pipeline import Sampling as Sampling

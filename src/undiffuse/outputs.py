@@ -209,7 +209,7 @@ def write_samples(
         if not team.first:
             return
         for frame in pipeline.frames(samples, seed=seed, sampling=sampling, rows=rows, **asked):
-            pictures.append(grid(spec, frame.x.cpu(), columns))
+            pictures.append(grid(spec, pipeline.decode(frame.x).cpu(), columns))
             if progress is not None:
                 progress(frame.index, sampling.steps)
         write_animation(target, pictures)

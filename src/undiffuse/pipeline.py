@@ -3,6 +3,7 @@
     folder/
       model.safetensors   the weights; what they mean (network, schedule, prediction, label, units) in their metadata
       pipeline.json       the same for people, the default sampling settings, and those tuned for some numbers of steps
+      codec/              of a model that works in latents: what makes them of data, and data of them
 
 Loading refuses to guess: what is missing, or stated differently in the two files, is an error. Nothing is unpickled.
 """
@@ -10,6 +11,8 @@ Loading refuses to guess: what is missing, or stated differently in the two file
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,18 +24,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .codecs import FILE, Codec, LatentUnits, Tiling, check_same_data, codec_meaning, decode_tiled
 from .conditions import Conditions
 from .config import from_json, load_json, parse_json, to_json, write_json_atomic
 from .data.spec import DataSpec
 from .denoiser import INPUT_SCALES, LABELS, Denoise, Denoiser, InputScale, Label
 from .editing import below
-from .errors import UndiffuseError, unknown
+from .errors import UndiffuseError, UndiffuseWarning, unknown
 from .grids import GRIDS, Grid, Uniform
 from .grids import Times as TimesGrid
 from .guidance import Scale, cfg, interval, remember, rescale, scale_at, threshold
 from .levels import Estimate, Level
 from .likelihood import Likelihood, log_likelihood
 from .networks import attention_maps, build
+from .networks.layers import fold
 from .noise import Brownian, Streams
 from .objectives import TIMES, WEIGHTS, Times, Weight
 from .predictions import PREDICTIONS, Prediction
@@ -56,6 +61,9 @@ REGISTRIES: dict[type, Mapping[str, Any]] = {
 """How files and the command line name the parts: ``{"kind": "cosine", ...}`` for a Schedule, and so on."""
 
 FORMAT = 1
+DECODED = 2**22
+"""Elements of data that are decoded together, at most (or one item); some forty times as many numbers are in memory."""
+
 BATCH = 64
 """Samples computed together unless asked otherwise; fixed, so that a preview and ``sample`` do the same arithmetic."""
 
@@ -243,6 +251,12 @@ class Pipeline:
         info: where it comes from (data, images seen, EMA profile, ...); JSON, for people.
         tuned: settings whose solver and grid were fitted to these weights; :meth:`settings` takes them where all else
             is equal, the number of steps included.
+        codec: of a model that works in latents; None: the denoiser sees the data themselves.
+        shape: of what the denoiser sees, one sample.
+        tiling: how large data are decoded; None: whole.
+
+    All that people give and get (images, samples, previews) is data; :meth:`encode` and :meth:`decode` lie between them
+    and the denoiser. A trajectory (:meth:`begin`, :meth:`frames`) is the denoiser's own.
     """
 
     def __init__(
@@ -253,8 +267,16 @@ class Pipeline:
         sampling: Sampling,
         info: dict[str, Any],
         tuned: tuple[Sampling, ...] = (),
+        codec: Codec | None = None,
     ) -> None:
         self.denoiser = denoiser
+        self.codec = codec
+        self.shape = spec.shape
+        self.codec_hash: str | None = None
+        self.tiling: Tiling | None = None
+        if codec is not None:
+            check_same_data(codec, spec, "the codec")
+            self.shape, self.codec_hash = codec.latent_shape(spec.shape), codec.hash
         self.config = config
         self.spec = spec
         self.sampling = sampling
@@ -278,7 +300,60 @@ class Pipeline:
         for name, tensor in self.denoiser.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update((self.codec_hash or "").encode())
         return digest.hexdigest()[:16]
+
+    # --- between the data and what the denoiser sees ---
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Data ``[B, *spec.shape]`` (model units) as the denoiser sees them, ``[B, *shape]``."""
+        return x if self.codec is None else torch.cat([self.codec.encode(each) for each in self._slices(x)])
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, alone: bool = False) -> Tensor:
+        """The data (model units) of what the denoiser sees, a few items together; ``alone``: one by one, so that an
+        item does not depend on the others to the last bit.
+
+        Raises for data that are not finite. Where the codec computes in half precision, which ends at 65504, it first
+        tries again in float32, and says so (trap P7).
+        """
+        codec = self.codec
+        if codec is None:
+            return z
+        finished(z)
+
+        def decoded(each: Tensor) -> Tensor:
+            return codec.decode(each) if self.tiling is None else decode_tiled(codec, each, self.tiling)
+
+        parts = []
+        for each in self._slices(z, alone):
+            x = decoded(each)
+            if codec.halved and not bool(x.isfinite().all()):
+                warnings.warn(
+                    "the decoder's output was not finite in half precision: it is computed in float32 from here on",
+                    UndiffuseWarning,
+                    stacklevel=2,
+                )
+                codec.in_float32()
+                x = decoded(each)
+            if not bool(x.isfinite().all()):
+                raise UndiffuseError("the decoder's output is not finite: the latents are far from all that it knows")
+            parts.append(x)
+        return torch.cat(parts)
+
+    def kept(self, keep: Tensor) -> Tensor:
+        """``keep`` (``[1, *spec.shape]`` or broadcast to it, boolean) as the denoiser sees it: a latent is kept where
+        all that it stands for is."""
+        codec = self.codec
+        if codec is None:
+            return keep
+        whole = keep.expand(-1, *self.spec.shape)
+        return fold(whole, (codec.factor,) * (whole.ndim - 2)).all(1, keepdim=True)
+
+    def _slices(self, x: Tensor, alone: bool = False) -> Sequence[Tensor]:
+        """A batch in parts of :data:`DECODED` elements of data."""
+        return x.split(1 if alone else max(1, DECODED // math.prod(self.spec.shape)))
 
     # --- the folder ---
 
@@ -289,9 +364,23 @@ class Pipeline:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        self._save_codec(folder / "codec")
         meaning = {"undiffuse": json.dumps(self._meaning())}
         write_weights(folder / "model.safetensors", self.denoiser.state_dict() if weights is None else weights, meaning)
         return self.save_settings(folder)
+
+    def _save_codec(self, folder: Path) -> None:
+        """Write the codec, unless this very one is there."""
+        if self.codec is None:
+            return
+        if self.codec.hash != self.codec_hash:
+            raise UndiffuseError("the codec is not the one that this model was trained with: it has been changed since")
+        try:
+            there = codec_meaning(folder / FILE)["hash"]
+        except UndiffuseError:
+            there = None
+        if there != self.codec_hash:
+            self.codec.save(folder)
 
     def save_settings(self, folder: str | Path) -> Path:
         """Write ``pipeline.json`` alone, beside weights that are there; returns the folder."""
@@ -303,11 +392,13 @@ class Pipeline:
         return Path(folder)
 
     def _meaning(self) -> dict[str, Any]:
+        codec = {} if self.codec is None else {"codec": {"kind": self.codec.kind, "hash": self.codec_hash}}
         return {
             "format": FORMAT,
             "model": to_json(self.config, REGISTRIES),
             "data": self.spec.to_json(),
             "info": self.info,
+            **codec,
         }
 
     @staticmethod
@@ -326,7 +417,7 @@ class Pipeline:
         stated = load_json(described)
         if not isinstance(stated, dict) or not isinstance(meaning, dict):
             raise UndiffuseError(f"{described}: must be a JSON object")
-        known = ("format", "model", "data", "info", "sampling", "tuned")
+        known = ("format", "model", "data", "info", "sampling", "tuned", "codec")
         for name in stated:
             if name not in known:
                 raise unknown(f"key of {described}", name, known)
@@ -337,6 +428,8 @@ class Pipeline:
                 raise UndiffuseError(
                     f"{described}: {name} is not what {weights.name} was trained with; restore the file"
                 )
+        if stated.get("codec") != meaning.get("codec"):
+            raise UndiffuseError(f"{described}: codec is not what {weights.name} was trained with; restore the file")
         if stated["format"] != FORMAT:
             raise UndiffuseError(
                 f"{described}: format {stated['format']}, this version reads {FORMAT}; update undiffuse"
@@ -345,6 +438,7 @@ class Pipeline:
         sampling = from_json(Sampling, stated["sampling"], str(described), REGISTRIES)
         tuned = from_json(Tunings, stated["tuned"], f"{described}: tuned", REGISTRIES) if "tuned" in stated else None
         spec = DataSpec.from_json(stated["data"])
+        codec = _codec_of(folder, stated.get("codec"), device)
         with torch.device("meta"):
             wanted = shapes(config.modules().state_dict())
         check_fits(wanted, header.shapes, str(weights))  # before anything of the declared size is allocated
@@ -354,7 +448,7 @@ class Pipeline:
             denoiser = config.build()
         load_into(denoiser, read_weights(weights), str(weights))
         denoiser.to(device).eval()
-        pipeline = Pipeline(denoiser, config, spec, sampling, dict(stated.get("info", {})))
+        pipeline = Pipeline(denoiser, config, spec, sampling, dict(stated.get("info", {})), codec=codec)
         if tuned is not None:
             if tuned.weights != pipeline.fingerprint:
                 raise UndiffuseError(
@@ -371,6 +465,10 @@ class Pipeline:
         if sampling.guidance_scale != 1 and not (cond and conditions is not None and conditions.asked):
             raise UndiffuseError(
                 f"guidance scale {sampling.guidance_scale} asked of a model without conditions; leave it at 1"
+            )
+        if sampling.threshold != "none" and self.codec is not None:
+            raise UndiffuseError(
+                f"threshold={sampling.threshold} asked of a model in latents, which have no range: leave threshold=none"
             )
         if sampling.threshold != "none" and not self.spec.bounded:
             raise UndiffuseError(f"threshold={sampling.threshold} needs data with a declared range; this data has none")
@@ -484,8 +582,8 @@ class Pipeline:
         image: Tensor | None = None,
         strength: float = 1.0,
     ) -> Start:
-        """Where a trajectory of these samples begins: at noise, or with an ``image`` (``[1 or B, *shape]``, model
-        units) at that image with noise of level t = ``strength``, in (0, 1] (:func:`.image_to_image`)."""
+        """Where a trajectory of these samples begins: at noise, or with an ``image`` (``[1 or B, *spec.shape]``, model
+        units of the data) at that image with noise of level t = ``strength``, in (0, 1] (:func:`.image_to_image`)."""
         sampling = sampling or self.settings()
         numbers = range(samples) if isinstance(samples, int) else samples
         cond = self.conditions(numbers, classes, prompts)
@@ -495,7 +593,7 @@ class Pipeline:
         against = self.against(len(numbers), prompt=negative_prompt)
         noise = Brownian(seed, numbers) if sampling.noise == "brownian" else Streams(seed, numbers)
         levels = sampling.grid.levels(self.config.schedule, sampling.steps)
-        eps = noise.draw(self.spec.shape, torch.empty(0, device=self.device))
+        eps = noise.draw(self.shape, torch.empty(0, device=self.device))
         # A deterministic network computes the same whatever training does around it: dropout is off.
         self.denoiser.eval()
         if image is None or strength == 1:
@@ -504,7 +602,8 @@ class Pipeline:
         if not first <= strength < 1:
             raise UndiffuseError(f"strength must be from {first:.3g} (keep the input) to 1 (ignore it), got {strength}")
         levels = below(levels, strength)
-        return Start(levels[0].mix(image.to(eps).expand_as(eps), eps), levels, sampling, noise, cond, against)
+        x0 = self.encode(image).to(eps).expand_as(eps)
+        return Start(levels[0].mix(x0, eps), levels, sampling, noise, cond, against)
 
     def frames(
         self,
@@ -517,7 +616,8 @@ class Pipeline:
         sampling: Sampling | None = None,
         rows: int | None = None,
     ) -> Iterator[Frame]:
-        """The trajectory of one batch, noise first: ``steps + 1`` frames in model units. Stop iterating to cancel."""
+        """The trajectory of one batch, noise first: ``steps + 1`` frames of what the denoiser sees, data by
+        :meth:`decode`. Stop iterating to cancel."""
         begun = self.begin(
             samples, seed=seed, classes=classes, prompts=prompts, negative_prompt=negative_prompt, sampling=sampling
         )
@@ -537,9 +637,9 @@ class Pipeline:
         rows: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """``[N, *shape]`` samples in model units, on the CPU; sample i is a function of ``(seed, i)`` and what is
-        asked of it alone. Its batch moves it by the rounding of the network, about 1e-6; with ``rows``, the number of
-        rows that every network call then has, by not a bit (on a CPU).
+        """``[N, *spec.shape]`` samples in model units, decoded, on the CPU; sample i is a function of ``(seed, i)`` and
+        what is asked of it alone. Its batch moves it by the rounding of the network, about 1e-6; with ``rows``, the
+        number of rows that every network call then has, by not a bit (on a CPU).
 
         ``progress(done, total)`` counts steps over all batches. Raises if a sample is not finite.
         """
@@ -560,7 +660,7 @@ class Pipeline:
                 last.append(frame)
                 if progress is not None:
                     progress(index * sampling.steps + frame.index, total)
-            drawn.append(finished(last[0].x))
+            drawn.append(finished(self.decode(last[0].x, alone=rows is not None)))
         return torch.cat(drawn)
 
     @staticmethod
@@ -629,7 +729,8 @@ class Pipeline:
         batch_size: int = BATCH,
     ) -> Likelihood:
         """The log-likelihood of ``values`` (``[N, *data shape]``, the data's own units and dtype) under the unguided
-        model; see :func:`undiffuse.likelihood.log_likelihood` for the settings and what the result means.
+        model; see :func:`undiffuse.likelihood.log_likelihood` for the settings and what the result means. In latents it
+        is a density of the latents, which are continuous whatever the data are (trap D6).
 
         ``classes`` are those of the N values; None: of no class in particular.
         """
@@ -638,6 +739,7 @@ class Pipeline:
             known = "no" if classes is None else len(classes)
             raise UndiffuseError(f"likelihood of {len(x)} values, {known} classes, batches of {batch_size}")
         self.denoiser.eval()
+        units = self.spec if self.codec is None else LatentUnits(self.shape)
         parts = []
         for batch in torch.arange(len(x)).split(batch_size):
             numbers = batch.tolist()
@@ -647,8 +749,8 @@ class Pipeline:
                 log_likelihood(
                     self.denoiser.bind(**cond),
                     self.config.schedule,
-                    x[batch].to(self.device),
-                    units=self.spec,
+                    self.encode(x[batch]).to(self.device),
+                    units=units,
                     steps=steps,
                     start=start,
                     probes=probes,
@@ -656,7 +758,30 @@ class Pipeline:
                     samples=numbers,
                 )
             )
-        return Likelihood.join(parts)
+        joined = Likelihood.join(parts)
+        return joined if self.codec is None else replace(joined, kind=LATENT_DENSITY)
+
+
+LATENT_DENSITY = "density of the latents (not of the data: what the codec loses is not in it)"
+
+
+def _codec_of(folder: Path, stated: Any, device: str | torch.device) -> Codec | None:
+    """The codec in a model's folder, which must be the one ``stated``: that it was trained with (trap D5)."""
+    file = folder / "codec" / FILE
+    if stated is None:
+        if file.exists():
+            raise UndiffuseError(f"{file}: this model was not trained in latents; remove its folder")
+        return None
+    if not isinstance(stated, dict) or not isinstance(stated.get("hash"), str):
+        raise UndiffuseError(f"{folder / 'pipeline.json'}: codec must be an object with the hash of the codec")
+    if not file.exists():
+        raise UndiffuseError(f"{file}: missing; this model works in the latents of codec {stated['hash']}: restore it")
+    codec = Codec.load(file.parent, device)
+    if codec.hash != stated["hash"]:
+        raise UndiffuseError(
+            f"{file}: codec {codec.hash}, but the model was trained in the latents of {stated['hash']}: restore that"
+        )
+    return codec
 
 
 def find_pipeline(path: str | Path) -> Path:

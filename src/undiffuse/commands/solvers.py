@@ -123,7 +123,7 @@ def solvers(
     pipeline = Pipeline.load(model, resolve_device(device))
     pipeline.denoiser.requires_grad_(False)
     if tune is not None:
-        small = math.prod(pipeline.spec.shape) < 64
+        small = math.prod(pipeline.shape) < 64
         return _tune(pipeline, model, tune, samples or (256 if small else 32), seed)
     budgets = _numbers(calls)
     samples = 128 if samples is None else samples
@@ -332,7 +332,7 @@ def _tune(pipeline: Pipeline, model: Path, calls: int, samples: int, seed: int) 
         found = tune(
             denoise,
             pipeline.config.schedule,
-            pipeline.spec.shape,
+            pipeline.shape,
             calls,
             samples=samples,
             seed=seed,

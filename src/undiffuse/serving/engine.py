@@ -59,10 +59,11 @@ class Request:
         classes: one for each of the samples; None in it: of no class in particular. None: no classes.
         against: what guidance leads away from, a class for all samples; None: the null class.
         prompts, negative_prompt: of a model with text; sample i gets prompt ``i % len(prompts)``.
-        image, strength: begin at this image (``[1, *shape]``, model units) with noise of level t = ``strength``.
-        keep: ``[1, *shape]`` or broadcast to it, True where the image must stay as it is; needs ``image``.
+        image, strength: begin at this image (``[1, *spec.shape]``, model units) with noise of level t = ``strength``.
+        keep: ``[1, *spec.shape]`` or broadcast to it, True where the image must stay as it is; needs ``image``. In
+            latents the image stays where all that a latent stands for does, and the rest is the decoder's.
         seconds: how long it may take, waiting included; None: as long as it takes.
-        watch: given each :class:`.Frame`, on the engine's thread: be quick.
+        watch: given each :class:`.Frame`, of what the denoiser sees, on the engine's thread: be quick.
     """
 
     model: str
@@ -82,8 +83,8 @@ class Request:
 
 @final
 class Job:
-    """A request on its way, or a part of it. ``future`` gives the samples ``[N, *shape]`` in model units, on the CPU;
-    or raises :class:`Late`, ``CancelledError``, or what went wrong."""
+    """A request on its way, or a part of it. ``future`` gives the samples ``[N, *spec.shape]`` in model units, decoded,
+    on the CPU; or raises :class:`Late`, ``CancelledError``, or what went wrong."""
 
     def __init__(self, request: Request, rows: int, calls: int, number: int) -> None:
         self.request = request
@@ -371,7 +372,8 @@ class Engine:
             job.cond = begun.cond
             job.against = pipeline.against(len(request.samples), request.against, request.negative_prompt)
             if request.keep is not None and request.image is not None:
-                known, keep = request.image.to(begun.x).expand_as(begun.x), request.keep.to(begun.x.device)
+                known = pipeline.encode(request.image).to(begun.x).expand_as(begun.x)
+                keep = pipeline.kept(request.keep).to(begun.x.device)
                 job.wrap = lambda denoise: keep_known(denoise, known, keep)
             job.steps = walk(begun.x, begun.levels, request.sampling.solver, begun.noise, request.watch)
         except Exception as error:
@@ -390,8 +392,9 @@ class Engine:
             job.question = Question(x, level, job.cond, job.against, job.request.sampling)
         except StopIteration as stop:
             try:
-                self._end(job, finished(stop.value[0]))
-            except UndiffuseError as error:
+                pipeline = self.models[job.request.model].pipeline
+                self._end(job, finished(pipeline.decode(stop.value[0], alone=self.exact)))
+            except Exception as error:
                 self._end(job, error)
         except Exception as error:  # of a solver, or of who watches
             self._end(job, error)
@@ -473,7 +476,7 @@ def probe(
     denoiser, level = pipeline.denoiser.eval(), pipeline.config.schedule(0.5)
 
     def seconds(rows: int) -> float:
-        x = torch.zeros(rows, *pipeline.spec.shape, device=pipeline.device)
+        x = torch.zeros(rows, *pipeline.shape, device=pipeline.device)
         times = []
         for _ in range(repeats):
             begun = time.perf_counter()

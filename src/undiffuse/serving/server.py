@@ -678,6 +678,9 @@ async def _pictures(
     def encoded(x: Tensor) -> str:
         return api.text_of(api.encode(spec.to_images(x)[0], output, form.output_compression))
 
+    def partial(z: Tensor) -> str:
+        return encoded(pipeline.decode(z).cpu())
+
     if not form.stream:
         if form.partial_images:
             raise Refused(400, "partial_images needs stream=true", "partial_images", "invalid_value")
@@ -726,7 +729,7 @@ async def _pictures(
                     continue
                 frame = following.result()
                 if frame.estimate is not None:
-                    picture = await asyncio.to_thread(encoded, frame.estimate.x0.cpu())
+                    picture = await asyncio.to_thread(partial, frame.estimate.x0)
                     yield event("partial_image", b64_json=picture, partial_image_index=number)
                     number += 1
             (x,) = await end
