@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from undiffuse.commands import main
+from undiffuse.conditions import Attributes, Conditions, Text, Vector
 from undiffuse.data import DataSpec
 from undiffuse.data.spec import units_between
 from undiffuse.denoiser import INPUT_SCALES, LABELS
@@ -29,6 +32,7 @@ from undiffuse.pipeline import (
 from undiffuse.predictions import PREDICTIONS
 from undiffuse.schedules import SCHEDULES
 from undiffuse.solvers import SOLVERS, Heun
+from undiffuse.tokens import learn
 from undiffuse.weights import read_header, read_weights
 
 SHIFT, SCALE = units_between(0, 16)
@@ -323,3 +327,93 @@ def test_questions_of_many_are_answered_as_if_each_were_asked_alone() -> None:
     for one, other in zip(answer_together(model.denoiser, questions), separate, strict=True):
         assert torch.allclose(one.x0, other.x0, atol=1e-5)
         assert torch.allclose(one.eps, other.eps, atol=1e-5)
+
+
+# --- any condition by name --------------------------------------------------------------------------------------------
+
+
+def conditional() -> Pipeline:
+    """Attributes, a vector and a text."""
+    captions = ["a red dot", "a blue dot", "a red line"] * 3
+    parts = {"kind": Attributes((2, 3), 16), "place": Vector(2, 16), "text": Text(learn(captions), 16, 8, 16)}
+    name, options = sized(SPEC.shape, "tiny", 16, token_width=16)
+    spec = replace(SPEC, classes=())
+    return pipeline(spec, 0, network=name, network_config=options, conditions=Conditions(parts).config)
+
+
+def test_any_condition_is_asked_for_by_name_and_sample_i_gets_row_i_in_turn() -> None:
+    made = conditional()
+    cond = {"kind": [[1, None], [0, 2]], "place": [[0.5, 1], None], "text": ["a red dot"]}
+    told = made.conditions(range(3), None, cond=cond)
+    assert told["kind"].tolist() == [[1, 3], [0, 2], [1, 3]]  # the null value of the second is its size
+    assert torch.equal(told["place"][[0, 2]], torch.tensor([[0.5, 1.0], [0.5, 1.0]]))
+    assert told["place"][1].isnan().all()
+    assert torch.equal(told["text"], made.conditions(range(3), None, ["a red dot"])["text"])
+    together = made.draw(3, cond=cond, seed=3)
+    alone = made.draw([2], cond={"kind": [[1, None]], "place": [[0.5, 1.0]]}, prompts=["a red dot"], seed=3)
+    assert torch.allclose(together[2:], alone, atol=1e-5)
+    for name in cond:  # each of them reaches the picture
+        assert not torch.allclose(together, made.draw(3, cond={**cond, name: [None]}, seed=3), atol=1e-4)
+
+
+def test_guidance_leads_away_from_any_condition_by_name() -> None:
+    made = conditional()
+    sampling = made.settings(guidance_scale=2.5)
+    cond, against = {"kind": [[1, 2]]}, {"kind": [[0, 1]], "text": ["a dot"]}
+    begun = made.begin(2, cond=cond, against=against, sampling=sampling, seed=1)
+    level = begun.levels[1]
+    yes, no = (made.denoiser(begun.x, level, **made.conditions(range(2), None, cond=each)) for each in (cond, against))
+    asked = made.denoise(begun.cond, sampling, against=begun.against)(begun.x, level)
+    assert torch.allclose(asked.x0, no.x0 + 2.5 * (yes.x0 - no.x0), atol=1e-4)
+    drawn = made.draw(2, cond=cond, against=against, sampling=sampling, seed=1)
+    assert not torch.allclose(drawn, made.draw(2, cond=cond, sampling=sampling, seed=1), atol=1e-3)
+    with pytest.raises(UndiffuseError, match="acts through guidance"):
+        made.draw(1, against=against)
+
+
+@pytest.mark.parametrize(
+    ("cond", "message"),
+    [
+        ({"knd": [[1, 2]]}, "did you mean 'kind'"),
+        ({"kind": []}, "no row"),
+        ({"kind": [[1]]}, "must be integers"),
+        ({"kind": [[1, 2, 0]]}, "must be integers"),
+        ({"kind": [[None, 1, 2]]}, "takes numbers"),
+        ({"kind": [[1.5, 1]]}, "must be integers"),
+        ({"kind": [[True, True]]}, "takes numbers"),
+        ({"kind": [[1, 9]]}, "attribute 1 has no value 9"),
+        ({"kind": [["1", "2"]]}, "takes numbers"),
+        ({"kind": [[2**70, 1]]}, "takes numbers"),
+        ({"place": [[0.1, None]]}, "NaN or infinite"),
+        ({"place": [[0.1, float("inf")]]}, "NaN or infinite"),
+        ({"place": [0.1]}, "takes \\[B, 2\\]"),
+        ({"place": torch.zeros(1, 3)}, "takes \\[B, 2\\]"),
+        ({"text": [3]}, "is a text"),
+        ({"text": "a red dot"}, "a list of texts"),
+    ],
+)
+def test_conditions_that_do_not_exist_are_named(cond: dict, message: str) -> None:
+    with pytest.raises(UndiffuseError, match=message):
+        conditional().draw(1, cond=cond)
+
+
+def test_what_is_asked_for_twice_is_refused() -> None:
+    with pytest.raises(UndiffuseError, match="given twice"):
+        conditional().draw(1, cond={"text": ["a"]}, prompts=["b"])
+    with pytest.raises(UndiffuseError, match="given twice"):
+        pipeline().draw(1, cond={"classes": [1]}, classes=[2])
+    with pytest.raises(UndiffuseError, match="without conditions"):
+        pipeline(classes=0).draw(1, cond={"classes": [1]})
+
+
+def test_conditions_of_the_command_line_are_those_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = conditional()
+    made.save("model")
+    told = ["--cond", "kind=1,none", "--cond", "place=0.5,-1", "--cond", "text=a red dot", "--against", "kind=0,2"]
+    assert main(["sample", "model", "-n", "2", "--guidance-scale", "2", *told, "--out", "x.npy"]) == 0
+    cond = {"kind": [[1, None]], "place": [[0.5, -1]], "text": ["a red dot"]}
+    wanted = made.sample(2, cond=cond, against={"kind": [[0, 2]]}, guidance_scale=2.0)
+    assert np.array_equal(np.load("x.npy"), wanted)
+    for wrong in ("knd=1", "kind", "kind=a,b", "kind=1,,2"):
+        assert main(["sample", "model", "--cond", wrong]) == 2

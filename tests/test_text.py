@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import warnings
 from functools import cache
 from pathlib import Path
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 
 from undiffuse.commands import main
 from undiffuse.commands.sample import sample
-from undiffuse.conditions import Conditions, Text
+from undiffuse.conditions import Conditions, Patches, Text
 from undiffuse.data.shapes import Shapes
 from undiffuse.errors import UndiffuseError, UndiffuseWarning
 from undiffuse.guidance import cfg
+from undiffuse.networks import attention_maps
 from undiffuse.pipeline import ModelConfig, Pipeline
 from undiffuse.sampling import sample as run_to_the_end
 from undiffuse.training import make_recipe
@@ -197,6 +199,28 @@ def test_attention_is_shared_among_the_words_of_the_prompt() -> None:
     assert bool((told.weights >= 0).all())
     assert bool((told.weights.sum(0) <= 1 + 1e-5).all())
     assert torch.equal(told.x, pipeline().draw([0], prompts=["a red circle"], sampling=pipeline().settings(steps=2)))
+
+
+def test_the_words_are_found_behind_other_tokens() -> None:
+    conditions = Conditions({"look": Patches((1, 8, 8), 4, 4, 4), "text": Text((), 4, length=8, token_width=4)})
+    mask = conditions.encode({**conditions.null(1), "text": conditions.read("text", ["ab"])}, 1)["mask"][0]
+    first = conditions.place("text")
+    assert mask.nonzero().flatten().tolist() == [first, first + 1, first + 2]  # a space, and a token a letter
+    with pytest.raises(UndiffuseError, match="no word acts"):
+        pipeline().attention("a red circle", guidance_scale=0.0)
+
+
+def test_maps_are_of_the_thread_that_asks_alone() -> None:
+    made = pipeline()
+    x, level, text = x_of(1), config().schedule(0.5), made.conditions([0], None, ["a red circle"])
+
+    with attention_maps(made.denoiser.network) as maps:
+        other = threading.Thread(target=lambda: made.denoiser(x, level, **text))
+        other.start()
+        other.join()
+        assert maps == []
+        made.denoiser(x, level, **text)
+        assert maps
 
 
 def test_a_server_s_prompts_are_the_pipeline_s() -> None:

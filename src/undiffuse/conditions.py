@@ -25,6 +25,9 @@ from .errors import UndiffuseError, UndiffuseWarning, choose, unknown
 from .levels import to_device
 from .tokens import BytePairs
 
+Rows = Mapping[str, Tensor | Sequence[Any]]
+"""Of conditions by name: raw values ``[R, ...]``, or rows as people write them (:meth:`Conditions.read`)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
@@ -213,9 +216,11 @@ class Augmentation(Condition):
 
 class Written(Condition, ABC):
     """Abstract: a condition whose raw values are the tokens of texts, int64 ``[B, length]``, padded with 0. The null
-    value, and the empty text, is nothing but padding."""
+    value, and the empty text, is nothing but padding. ``begin`` is how many tokens the network gets before the first
+    word's."""
 
     length: int
+    begin = 0
     has_cut = False
 
     @abstractmethod
@@ -369,7 +374,7 @@ class Pretrained(Written):
             )
         if not 1 <= length <= self.encoder.most or token_width < 1:
             raise UndiffuseError(f"text encoder {model}: length={length} must be from 1 to {self.encoder.most}")
-        self.length, self.token_width = length, token_width
+        self.length, self.token_width, self.begin = length, token_width, len(self.encoder.before)
         self.project = nn.Linear(self.encoder.width, token_width)
         self.pooled = nn.Linear(self.encoder.width, width)
 
@@ -538,6 +543,12 @@ class Conditions(nn.Module):
             raise UndiffuseError(f"the conditions' tokens must be of one width, these are {widths}")
         return next(iter(widths.values()), 0)
 
+    def place(self, name: str) -> int:
+        """Which of the tokens that the network gets is the first word's of the text ``name``."""
+        before = [self.part(each) for each in self.names[: self.names.index(name)]]
+        told = [part.embed(part.null(1)).tokens for part in before if part.token_width]
+        return sum(tokens.shape[1] for tokens in told if tokens is not None) + self.written[name].begin
+
     @property
     def channels(self) -> int:
         """How many channels lie beside x."""
@@ -571,6 +582,39 @@ class Conditions(nn.Module):
         if captions is not None:
             values |= {name: part.read(captions, captions=True) for name, part in self.written.items()}
         return values
+
+    def read(self, name: str, rows: Tensor | Sequence[Any]) -> Tensor:
+        """Raw values ``[R, ...]`` of one condition, checked, from what people write: R numbers or lists of numbers, of
+        a :class:`Written` one texts; None, or None for one number of several, asks for nothing in particular."""
+        if name not in self.asked:
+            raise unknown("condition", name, self.asked)
+        part = self.part(name)
+        if len(rows) == 0:
+            raise UndiffuseError(f"condition {name}: no row given; name one, or leave it out")
+        if isinstance(rows, Tensor):
+            return part.check(rows)
+        if isinstance(rows, str):
+            raise UndiffuseError(f"condition {name}: give a list of texts, not one")
+        return torch.cat([part.check(self._row(name, part, row)) for row in rows])
+
+    def _row(self, name: str, part: Condition, row: Any) -> Tensor:
+        null = part.null(1).cpu()
+        if row is None:
+            return null
+        if isinstance(part, Written):
+            if not isinstance(row, str):
+                raise UndiffuseError(f"condition {name} is a text, got {row!r}")
+            return part.read([row])
+        value, open = row, null[0].tolist()
+        if isinstance(row, (list, tuple)) and isinstance(open, list) and len(row) == len(open):
+            value = [nothing if each is None else each for each, nothing in zip(row, open, strict=True)]
+        try:
+            value = torch.as_tensor(value)[None]
+            if value.dtype == torch.bool:
+                raise TypeError
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise UndiffuseError(f"condition {name} takes numbers, got {row!r}") from None
+        return value.to(null.dtype) if null.dtype.is_floating_point else value
 
     def check(self, values: Mapping[str, Tensor]) -> None:
         """Raise for values that do not exist."""

@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageOps, PngImagePlugin
 from torch import Tensor
 
+from .conditions import Rows
 from .config import to_json, write_bytes_atomic
 from .data.png import encode16
 from .data.sounds import encode_wav
@@ -192,6 +193,8 @@ def write_samples(
     team: Team = ALONE,
     prompts: Sequence[str] | None = None,
     negative_prompt: str | None = None,
+    cond: Rows | None = None,
+    against: Rows | None = None,
 ) -> None:
     """Sample and write to ``target``: a .png grid, a folder, a .npy, or a .gif or .webp of the trajectory; sounds one
     after another as a .wav, points as a .csv. Files have the units, the range and the bits of the data.
@@ -203,18 +206,18 @@ def write_samples(
     spec, suffix = pipeline.spec, target.suffix.lower()
     kinds = classes if classes is not None else prompts if prompts is not None else spec.classes
     columns = columns_for(samples, len(kinds))
-    asked: dict[str, Any] = {"classes": classes, "prompts": prompts, "negative_prompt": negative_prompt}
+    asked: dict[str, Any] = {"prompts": prompts, "negative_prompt": negative_prompt, "cond": cond, "against": against}
     if suffix in (".gif", ".webp") and spec.kind != "video":
         pictures = []
         if not team.first:
             return
-        for frame in pipeline.frames(samples, seed=seed, sampling=sampling, rows=rows, **asked):
+        for frame in pipeline.frames(samples, seed=seed, sampling=sampling, rows=rows, classes=classes, **asked):
             pictures.append(grid(spec, pipeline.decode(frame.x).cpu(), columns))
             if progress is not None:
                 progress(frame.index, sampling.steps)
         write_animation(target, pictures)
         return
-    x = drawn(pipeline, samples, seed, classes, sampling, batch_size, progress, rows, team, prompts, negative_prompt)
+    x = drawn(pipeline, samples, seed, classes, sampling, batch_size, progress, rows, team, **asked)
     if not team.first:
         return
     parameters = {
@@ -262,6 +265,8 @@ def drawn(
     team: Team = ALONE,
     prompts: Sequence[str] | None = None,
     negative_prompt: str | None = None,
+    cond: Rows | None = None,
+    against: Rows | None = None,
 ) -> Tensor:
     """:meth:`.Pipeline.draw` by all processes of a team: ``[N, *shape]`` on the first, its own share on each other."""
     check_count(samples, batch_size)
@@ -274,6 +279,8 @@ def drawn(
                 classes=classes,
                 prompts=prompts,
                 negative_prompt=negative_prompt,
+                cond=cond,
+                against=against,
                 sampling=sampling,
                 batch_size=batch_size,
                 rows=rows,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .codecs import FILE, Codec, LatentUnits, Tiling, check_same_data, codec_meaning, decode_tiled
-from .conditions import Conditions
+from .conditions import Conditions, Rows
 from .config import from_json, load_json, parse_json, to_json, write_json_atomic
 from .data.spec import DataSpec
 from .denoiser import INPUT_SCALES, LABELS, Denoise, Denoiser, InputScale, Label
@@ -509,14 +509,21 @@ class Pipeline:
         samples: Sequence[int],
         classes: Sequence[int | None] | None,
         prompts: Sequence[str] | None = None,
+        cond: Rows | None = None,
     ) -> dict[str, Tensor]:
-        """The condition of each sample: sample i gets ``classes[i % len(classes)]`` and ``prompts[i % len(prompts)]``.
+        """The condition of each sample: sample i gets ``classes[i % len(classes)]`` and ``prompts[i % len(prompts)]``,
+        and of any condition by name row i in turn of ``cond[name]`` (:meth:`.Conditions.read`).
 
-        Without classes: every class in turn, or none in particular where there are prompts; a class of None asks for
-        nothing in particular (the null class). Without prompts, or with an empty one: the null text.
+        Without classes: every class in turn, or none in particular where anything else is asked for; a class of None
+        asks for nothing in particular (the null class). Without prompts, or with an empty one: the null text.
         """
         conditions = self.denoiser.conditions
         asked: dict[str, Tensor] = {}
+        for name, given in (cond or {}).items():
+            if conditions is None:
+                raise UndiffuseError(f"condition {name} asked of a model without conditions")
+            rows = conditions.read(name, given)
+            asked[name] = rows[torch.tensor([i % len(rows) for i in samples])].to(self.device)
         if prompts is not None:
             written = {} if conditions is None else conditions.written
             if not written:
@@ -524,14 +531,20 @@ class Pipeline:
             if not prompts:
                 raise UndiffuseError("no prompt given: name one, or leave prompts out")
             for name, part in written.items():
+                if name in asked:
+                    raise UndiffuseError(f"{name} is given twice: as a prompt and as a condition")
                 rows = part.read(prompts)
                 asked[name] = rows[torch.tensor([i % len(prompts) for i in samples])].to(self.device)
         if conditions is None or "classes" not in conditions.names:
             if classes:
                 raise UndiffuseError("classes asked of a model without classes")
             return {**self.denoiser.null(len(samples)), **asked}
+        if "classes" in asked:
+            if classes is not None:
+                raise UndiffuseError("classes are given twice: by themselves and as a condition")
+            return {**self.denoiser.null(len(samples)), **asked}
         count = int(self.denoiser.null(1)["classes"])
-        chosen = list(classes) if classes is not None else list(range(count)) if prompts is None else [None]
+        chosen = list(classes) if classes is not None else [None] if asked else list(range(count))
         if not chosen:
             raise UndiffuseError("no class given: name one, or leave classes out for all in turn")
         for label in chosen:
@@ -541,12 +554,14 @@ class Pipeline:
         labels = torch.tensor([count if label is None else label for label in wanted], device=self.device)
         return {**self.denoiser.null(len(samples)), **asked, "classes": labels}
 
-    def against(self, samples: int, label: int | None = None, prompt: str | None = None) -> dict[str, Tensor]:
-        """What guidance leads away from: a class, a prompt, both; where neither is given, the null condition."""
-        if label is None and not prompt:
+    def against(
+        self, samples: int, label: int | None = None, prompt: str | None = None, cond: Rows | None = None
+    ) -> dict[str, Tensor]:
+        """What guidance leads away from: a class, a prompt, any conditions by name; what is not given is null."""
+        if label is None and not prompt and not cond:
             return self.denoiser.null(samples)
         classes = None if label is None else [label]
-        return self.conditions(range(samples), classes, None if prompt is None else [prompt])
+        return self.conditions(range(samples), classes, [prompt] if prompt else None, cond)
 
     def settings(self, stated: dict[str, Any] | None = None, **changes: Any) -> Sampling:
         """The default settings (or those ``stated`` in a file's JSON) with some changed by name.
@@ -578,6 +593,8 @@ class Pipeline:
         classes: Sequence[int | None] | None = None,
         prompts: Sequence[str] | None = None,
         negative_prompt: str | None = None,
+        cond: Rows | None = None,
+        against: Rows | None = None,
         sampling: Sampling | None = None,
         image: Tensor | None = None,
         strength: float = 1.0,
@@ -586,24 +603,24 @@ class Pipeline:
         units of the data) at that image with noise of level t = ``strength``, in (0, 1] (:func:`.image_to_image`)."""
         sampling = sampling or self.settings()
         numbers = range(samples) if isinstance(samples, int) else samples
-        cond = self.conditions(numbers, classes, prompts)
-        self.check(cond, sampling)
-        if negative_prompt and sampling.guidance_scale == 1:
+        told = self.conditions(numbers, classes, prompts, cond)
+        self.check(told, sampling)
+        if (negative_prompt or against) and sampling.guidance_scale == 1:
             raise UndiffuseError("a negative prompt acts through guidance: set a guidance scale other than 1")
-        against = self.against(len(numbers), prompt=negative_prompt)
+        away = self.against(len(numbers), prompt=negative_prompt, cond=against)
         noise = Brownian(seed, numbers) if sampling.noise == "brownian" else Streams(seed, numbers)
         levels = sampling.grid.levels(self.config.schedule, sampling.steps)
         eps = noise.draw(self.shape, torch.empty(0, device=self.device))
         # A deterministic network computes the same whatever training does around it: dropout is off.
         self.denoiser.eval()
         if image is None or strength == 1:
-            return Start(start(levels[0], eps), levels, sampling, noise, cond, against)
+            return Start(start(levels[0], eps), levels, sampling, noise, told, away)
         first = self.config.schedule.first
         if not first <= strength < 1:
             raise UndiffuseError(f"strength must be from {first:.3g} (keep the input) to 1 (ignore it), got {strength}")
         levels = below(levels, strength)
         x0 = self.encode(image).to(eps).expand_as(eps)
-        return Start(levels[0].mix(x0, eps), levels, sampling, noise, cond, against)
+        return Start(levels[0].mix(x0, eps), levels, sampling, noise, told, away)
 
     def frames(
         self,
@@ -613,13 +630,22 @@ class Pipeline:
         classes: Sequence[int | None] | None = None,
         prompts: Sequence[str] | None = None,
         negative_prompt: str | None = None,
+        cond: Rows | None = None,
+        against: Rows | None = None,
         sampling: Sampling | None = None,
         rows: int | None = None,
     ) -> Iterator[Frame]:
         """The trajectory of one batch, noise first: ``steps + 1`` frames of what the denoiser sees, data by
         :meth:`decode`. Stop iterating to cancel."""
         begun = self.begin(
-            samples, seed=seed, classes=classes, prompts=prompts, negative_prompt=negative_prompt, sampling=sampling
+            samples,
+            seed=seed,
+            classes=classes,
+            prompts=prompts,
+            negative_prompt=negative_prompt,
+            cond=cond,
+            against=against,
+            sampling=sampling,
         )
         denoise = self.denoise(begun.cond, begun.sampling, rows, begun.against)
         yield from trajectory(denoise, begun.x, begun.levels, begun.sampling.solver, begun.noise)
@@ -632,6 +658,8 @@ class Pipeline:
         classes: Sequence[int | None] | None = None,
         prompts: Sequence[str] | None = None,
         negative_prompt: str | None = None,
+        cond: Rows | None = None,
+        against: Rows | None = None,
         sampling: Sampling | None = None,
         batch_size: int = BATCH,
         rows: int | None = None,
@@ -655,7 +683,8 @@ class Pipeline:
         drawn, total = [], len(batches) * sampling.steps
         for index, batch in enumerate(batches):
             last: deque[Frame] = deque(maxlen=1)
-            asked = {"classes": classes, "prompts": prompts, "negative_prompt": negative_prompt}
+            asked: dict[str, Any] = {"classes": classes, "prompts": prompts, "negative_prompt": negative_prompt}
+            asked |= {"cond": cond, "against": against}
             for frame in self.frames(batch, seed=seed, sampling=sampling, rows=rows, **asked):
                 last.append(frame)
                 if progress is not None:
@@ -676,14 +705,17 @@ class Pipeline:
         classes: Sequence[int | None] | None = None,
         prompts: Sequence[str] | None = None,
         negative_prompt: str | None = None,
+        cond: Rows | None = None,
+        against: Rows | None = None,
         batch_size: int = BATCH,
         progress: Callable[[int, int], None] | None = None,
         **settings: Any,
     ) -> np.ndarray:
         """``[n, *data shape]`` samples in the data's own units, dtype and layout.
 
-        Sample i gets ``classes[i % len(classes)]`` and ``prompts[i % len(prompts)]``; guidance leads away from
-        ``negative_prompt``. ``settings`` are fields of :class:`Sampling` (``steps=10, solver="heun"``).
+        Sample i gets ``classes[i % len(classes)]`` and ``prompts[i % len(prompts)]``, and of any condition by name row
+        i in turn of ``cond[name]``; guidance leads away from ``negative_prompt`` and ``against``, conditions by name
+        too (``against={"classes": [3]}``). ``settings`` are fields of :class:`Sampling` (``steps=10, solver="heun"``).
         """
         sampling = self.settings(**settings)
         x = self.draw(
@@ -692,28 +724,36 @@ class Pipeline:
             classes=classes,
             prompts=prompts,
             negative_prompt=negative_prompt,
+            cond=cond,
+            against=against,
             sampling=sampling,
             batch_size=batch_size,
             progress=progress,
         )
         return self.spec.to_data(x)
 
-    def attention(self, prompt: str, *, seed: int = 0, **settings: Any) -> Attention:
-        """Sample 0 of ``seed``, and where the words of its prompt have acted: each token's share of the attention at
-        each place, a mean over layers, heads and the steps of the trajectory (guidance's other half left out)."""
+    def attention(
+        self, prompt: str, *, seed: int = 0, number: int = 0, negative_prompt: str | None = None, **settings: Any
+    ) -> Attention:
+        """Sample ``number`` of ``seed``, and where the words of its prompt have acted: each token's share of the
+        attention at each place, a mean over layers, heads and the steps of the trajectory (guidance's other half left
+        out). With a network that looks at no tokens, or a guidance scale of 0, it raises."""
         sampling = self.settings(**settings)
-        texts = self.denoiser.conditions.written if self.denoiser.conditions is not None else {}
-        written = next(iter(texts.values()), None)
-        if written is None or not written.tokens(prompt):
+        if sampling.guidance_scale == 0:
+            raise UndiffuseError("at guidance scale 0 no word acts: ask for more")
+        conditions = self.denoiser.conditions
+        name, written = next(iter(conditions.written.items() if conditions is not None else ()), ("", None))
+        if conditions is None or written is None or not written.tokens(prompt):
             raise UndiffuseError("attention is to the words of a prompt: give one with words, to a model with text")
         tokens = written.tokens(prompt)[: written.length]
+        first = conditions.place(name)
         with attention_maps(self.denoiser.network) as maps:
-            x = self.draw([0], seed=seed, prompts=[prompt], sampling=sampling)
+            x = self.draw([number], seed=seed, prompts=[prompt], negative_prompt=negative_prompt, sampling=sampling)
         if not maps:
             raise UndiffuseError("this network looks at no tokens")
         size = [max(each.weights.shape[axis] for each in maps) for axis in range(2, maps[0].weights.ndim - 1)]
         # The conditional row is the first of a call; padding has no weight.
-        each = [torch.movedim(m.weights[:1].mean(1), -1, 1)[:, : len(tokens)].cpu() for m in maps]
+        each = [torch.movedim(m.weights[:1].mean(1), -1, 1)[:, first : first + len(tokens)].cpu() for m in maps]
         mean = torch.stack([nn.functional.interpolate(weights, size) for weights in each]).mean(0)[0]
         return Attention(x, tuple(written.text([token]) for token in tokens), mean)
 

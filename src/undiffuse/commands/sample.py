@@ -6,15 +6,18 @@ import contextlib
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from ..errors import UndiffuseError, UndiffuseWarning, unknown
 from .options import AnyPath
+
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
 
 EXAMPLES = """
 undiffuse sample runs/demo                         a grid, in samples.png
@@ -59,6 +62,8 @@ def sample(
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = (),
     prompts: AnyPath | None = None,
     negative_prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None,
+    cond: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=ROW")] = (),
+    against: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=ROW")] = (),
     attention: AnyPath | None = None,
     seed: int | None = None,
     batch_size: int | None = None,
@@ -82,6 +87,9 @@ def sample(
         prompt: What a model with text shall make; may be repeated. Sample i gets prompt i modulo how many there are.
         prompts: A text file with one prompt a line, after those of --prompt.
         negative_prompt: What guidance leads away from.
+        cond: Any condition by name: `attributes=1,none` or `place=0.1,0.2`, numbers as the model takes them; may be
+            repeated. Sample i gets row i modulo how many there are of that name.
+        against: What guidance leads away from, any condition by name: `classes=3`.
         attention: Also write a .png of where each word of the first prompt has acted in sample 0.
         seed: Sample i is a function of the seed and i (default 0).
         batch_size: Samples computed together (default 64); changes a sample by rounding only.
@@ -112,6 +120,8 @@ def sample(
         "classes": classes,
         "prompt": [*prompt, *read_prompts(prompts)] or None,
         "negative_prompt": negative_prompt,
+        "cond": list(cond) or None,
+        "against": list(against) or None,
         "seed": seed,
         "batch_size": batch_size,
         "rows": rows,
@@ -135,10 +145,12 @@ def sample(
             count, seed, batch = options.get("number", 64), options.get("seed", 0), options.get("batch_size", BATCH)
             chosen = parse_classes(options["classes"], pipeline.spec.classes) if "classes" in options else None
             asked, negative = options.get("prompt"), options.get("negative_prompt")
+            rows_of, away = (parse_rows(options.get(name, ()), pipeline, name) for name in ("cond", "against"))
             if attention is not None and (not asked or Path(attention).suffix.lower() != ".png"):
                 raise UndiffuseError("--attention names a .png and needs a --prompt, to whose words it is")
             target = Path(out or f"samples{suffixes(pipeline.spec)[0]}")
-            pipeline.begin([0], classes=chosen, prompts=asked, negative_prompt=negative, sampling=settings)  # refuses
+            told: dict[str, Any] = {"prompts": asked, "negative_prompt": negative, "cond": rows_of, "against": away}
+            pipeline.begin([0], classes=chosen, sampling=settings, **told)  # refuses
             if team.first:
                 check_target(target, pipeline.spec)
         begun = time.monotonic()
@@ -156,8 +168,7 @@ def sample(
                 options,
                 options.get("rows"),
                 team,
-                prompts=asked,
-                negative_prompt=negative,
+                **told,
             )
         if attention is not None and asked and team.first:
             write_attention(Path(attention), pipeline, pipeline.attention(asked[0], seed=seed, **vars(settings)))
@@ -224,6 +235,36 @@ def parse_classes(text: str, names: tuple[str, ...]) -> list[int | None]:
             last_class = f"0 to {len(names) - 1}" if names else "none"
             raise UndiffuseError(f"--classes: class {number} does not exist; the classes of this model: {last_class}")
     return chosen
+
+
+def parse_rows(texts: Sequence[str], pipeline: Pipeline, option: str) -> dict[str, list[Any]]:
+    """Rows of conditions by name, from ``NAME=ROW`` each: a text, or numbers with ``none`` where nothing is asked."""
+    conditions = pipeline.denoiser.conditions
+    rows: dict[str, list[Any]] = {}
+    for each in texts:
+        name, equals, said = each.partition("=")
+        if conditions is None or name not in conditions.asked:
+            raise unknown(f"condition of --{option} (as in classes=3)", name, conditions.asked if conditions else ())
+        if name in conditions.written:
+            rows.setdefault(name, []).append(said)
+            continue
+        if not equals:
+            raise UndiffuseError(f"--{option} {each}: say what is asked for, as in {name}=3")
+        if name == "classes":
+            rows.setdefault(name, []).extend(parse_classes(said, pipeline.spec.classes))
+            continue
+        try:
+            rows.setdefault(name, []).append([parse_number(part.strip()) for part in said.split(",")])
+        except ValueError:
+            raise UndiffuseError(f"--{option} {each}: numbers with commas between them, or none, are needed") from None
+    return rows
+
+
+def parse_number(text: str) -> float | None:
+    """A number, whole where it is written so; ``none`` is None."""
+    if text.lower() == "none":
+        return None
+    return int(text) if text.removeprefix("-").isdigit() else float(text)
 
 
 @contextlib.contextmanager

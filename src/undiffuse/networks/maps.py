@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,16 +36,18 @@ def attention_maps(module: nn.Module) -> Iterator[list[AttentionMap]]:
             network(x, label, tokens=tokens)
         maps[-1].weights.mean(1)  # [B, *grid, T]
 
-    The maps are computed beside the network, which answers the same; not in a network compiled before.
+    The maps are computed beside the network, which answers the same; not in a network compiled before. Calls of other
+    threads are not noted.
     """
     maps: list[AttentionMap] = []
     hooks = []
+    mine = threading.get_ident()
     for name, part in module.named_modules():
         if isinstance(part, Attend):
             # A default argument, so that every hook keeps its own name.
             def look(_: nn.Module, inputs: tuple, answer: Tensor, name: str = name) -> None:
                 q, k, _values, first, tokens, mask, grid = inputs
-                if tokens:
+                if tokens and threading.get_ident() == mine:
                     maps.append(AttentionMap(name, shares(q, k, first, tokens, mask, grid)))
 
             hooks.append(part.register_forward_hook(look))
