@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .encoders import load
 from .errors import UndiffuseError, UndiffuseWarning, choose, unknown
 from .levels import to_device
+from .networks.layers import attention
 from .tokens import BytePairs
 
 Rows = Mapping[str, Tensor | Sequence[Any]]
@@ -281,7 +282,7 @@ class Reading(nn.Module):
         y = (self.near(h) * there[..., None]).transpose(1, 2)  # what is not there says nothing to its neighbours
         h = h + self.neighbours(y).transpose(1, 2)
         q, k, v = self.qkv(self.first(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=there[:, None, None])
+        y = attention(q, k, v, there[:, None, None])
         h = h + self.out(y.transpose(1, 2).flatten(2))
         return h + self.mlp(self.second(h))
 

@@ -6,17 +6,18 @@ import copy
 import inspect
 import json
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from undiffuse.errors import UndiffuseError
 from undiffuse.networks import NETWORKS, SIZES, Network, UNet, build, describe, sized
-from undiffuse.networks.layers import film_norm, fold, sinusoid, unfold
+from undiffuse.networks.layers import attention, film_norm, fold, sinusoid, unfold
 
 SHAPES = [[1, 8, 8], [1, 28, 28], [3, 32, 32], [3, 64, 64], [1, 100], [2], [1, 9, 9, 9], [5, 7, 13]]
 ODD = [[2], [1], [1, 1], [3, 13], [1, 1, 1], [2, 1, 7], [1, 5, 6], [3, 9, 4], [1, 3, 1, 5], [2, 4, 5, 6]]
@@ -192,6 +193,38 @@ def test_bfloat16_autocast_is_close(name: str):
     assert (found - expected).norm() < 0.1 * expected.norm()
 
 
+def test_attention_in_half_precision_is_computed_in_float32_on_a_cpu():
+    # Also under autocast, and with its gradient: torch's own bfloat16 kernel differs in both.
+    q, k, v = (random(2, 3, 8, 4, seed=i).bfloat16().requires_grad_() for i in range(3))
+    mask = random(2, 1, 1, 8, seed=4) < 0.5
+    mask[..., 0] = True
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attention(q, k, v, mask)
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).bfloat16()
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, exact)
+    pairs = zip(torch.autograd.grad(y.sum(), (q, k, v)), torch.autograd.grad(exact.sum(), (q, k, v)), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("fold", [1, 2])
+def test_coordinates_tell_places_apart_where_the_data_does_not(rank: int, fold: int):
+    def middle(**options: Any) -> Tensor:
+        torch.manual_seed(0)
+        net = UNet(1, 1, rank, widths=[8], blocks=[1], attention=[], embedding=8, fold=fold, **options)
+        torch.nn.init.normal_(cast(nn.Conv2d, net.head).weight)
+        y = net(torch.ones(1, 1, *[15 * fold] * rank), torch.ones(1))[0, 0]
+        return y[(slice(7 * fold, 9 * fold),) * rank]  # the padding at the border is not seen from here
+
+    flat, told = middle(), middle(coordinates=True)
+    for axis in range(rank):
+        before, after = flat.narrow(axis, 0, fold), flat.narrow(axis, fold, fold)
+        assert torch.allclose(before, after, atol=1e-5)
+        before, after = told.narrow(axis, 0, fold), told.narrow(axis, fold, fold)
+        assert not torch.allclose(before, after, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_samples_of_a_batch_do_not_meet(name: str):
     shape, config = EXAMPLES[name]
@@ -218,7 +251,7 @@ UNET: dict[str, Any] = {
     "token_width": 5,
 }
 FULL: dict[str, dict[str, Any]] = {
-    "unet": UNET,
+    "unet": UNET | {"coordinates": True},
     "mp_unet": UNET,
     "dit": {
         "in_channels": 2,

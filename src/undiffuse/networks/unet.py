@@ -50,6 +50,12 @@ class Stage(nn.Module):
         return x if self.cross is None or tokens is None else self.cross(x, tokens, mask)
 
 
+def coordinates(h: Tensor) -> Tensor:
+    """``[B, rank, *spatial]``: where each position of ``h`` lies along each axis, from -1 to 1."""
+    axes = [torch.linspace(-1, 1, size, device=h.device, dtype=h.dtype) for size in h.shape[2:]]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(len(h), *[-1] * (h.ndim - 1))
+
+
 @final
 class UNet(Network):
     """A U-Net for data of shape ``[in_channels, *spatial]`` with ``rank`` spatial dimensions of any size.
@@ -70,6 +76,8 @@ class UNet(Network):
         fold: pixels along each dimension that are folded into channels first: fewer positions, faster.
         dropout: probability inside the residual blocks, in [0, 1).
         token_width: width of the condition's tokens, 0 for a network that takes none.
+        coordinates: lay beside x where each position lies (Liu et al. 2018, arXiv:1807.03247). Without, a convolution
+            learns of "left" and "above" from the padding at the border alone, which noise hides.
 
     Raises:
         UndiffuseError: arguments that do not fit each other.
@@ -89,6 +97,7 @@ class UNet(Network):
         fold: int = 1,
         dropout: float = 0.0,
         token_width: int = 0,
+        coordinates: bool = False,
     ) -> None:
         super().__init__(in_channels, out_channels, rank, condition_width, token_width)
         out_channels = self.out_channels
@@ -105,10 +114,12 @@ class UNet(Network):
             "fold": fold,
             "dropout": dropout,
             "token_width": token_width,
+            "coordinates": coordinates,
         }
         check_sizes(head_width=head_width, embedding=embedding, fold=fold)
         check_levels(rank, widths, blocks, attention, dropout, token_width)
         self.fold = (fold,) * rank
+        self.coordinates = coordinates
 
         def stages(level: int) -> nn.ModuleList:
             return nn.ModuleList(
@@ -124,7 +135,7 @@ class UNet(Network):
 
         upper = range(len(widths) - 1)
         self.embedding = Embedding(embedding, condition_width, token_width)
-        self.stem = convolution(rank, in_channels * fold**rank, widths[0], 3)
+        self.stem = convolution(rank, in_channels * fold**rank + rank * coordinates, widths[0], 3)
         self.down = nn.ModuleList(stages(i) for i in upper)
         self.shrink = nn.ModuleList(convolution(rank, widths[i], widths[i + 1], 3, stride=2) for i in upper)
         self.middle = stages(len(widths) - 1)
@@ -145,7 +156,8 @@ class UNet(Network):
         tokens = self.check(x, label, vector, tokens, mask)
         size = x.shape[2:]
         embedding = self.embedding(label, vector, tokens, mask)
-        h = self.stem(fold(padded(x.to(embedding.dtype), self.fold), self.fold))
+        h = fold(padded(x.to(embedding.dtype), self.fold), self.fold)
+        h = self.stem(torch.cat([h, coordinates(h)], dim=1) if self.coordinates else h)
         if self.rank == 2:
             # Convolutions are some 10 % faster in this layout; weights may stay as they are (or be converted too).
             h = h.contiguous(memory_format=torch.channels_last)
