@@ -120,6 +120,7 @@ VARIANTS: dict[str, list[str]] = {
     "offset noise, Huber": ["objective.offset_noise=0.1", "objective.huber=0.01", "objective.condition_dropout=0.5"],
     "dropout": ["model.network.dropout=0.5"],
     "linear decay, weight decay": ["optimiser.decay=linear", "optimiser.weight_decay=0.1"],
+    "muon": ["optimiser.kind=muon", "optimiser.weight_decay=0.1"],
 }
 
 
@@ -292,24 +293,25 @@ class Poisoned(nn.Module):
         return y + float(self.what)
 
 
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
 @pytest.mark.parametrize("what", ["nan", "inf", "gradient"])
-def test_trap_R8_what_is_not_finite_never_reaches_the_weights(what: str) -> None:
+def test_trap_R8_what_is_not_finite_never_reaches_the_weights(what: str, optimiser: str) -> None:
     dataset = points()
-    trainer = Trainer(dataset, recipe(dataset), seed=4)
+    chosen = override(recipe(dataset), [f"optimiser.kind={optimiser}"], REGISTRIES)
+    trainer = Trainer(dataset, chosen, seed=4)
     denoiser = trainer.denoiser
     denoiser.network = Poisoned(denoiser.network, 4, what)
-    trainer = Trainer(dataset, recipe(dataset), seed=4, denoiser=denoiser)
+    trainer = Trainer(dataset, chosen, seed=4, denoiser=denoiser)
     trained(trainer, 3)
     before = {name: p.detach().clone() for name, p in trainer.denoiser.named_parameters()}
     average = [p.clone() for p in trainer.ema.denoiser.parameters()]
-    moments = {k: v.clone() for state in trainer.optimiser.state.values() for k, v in state.items()}
+    moments = [{k: v.clone() for k, v in state.items()} for state in trainer.optimiser.state.values()]
     with pytest.raises(Diverged, match=r"not finite in update 4 \(seed 4\): lower optimiser.lr"):
         trainer.update()
     assert all(torch.equal(p, before[name]) for name, p in trainer.denoiser.named_parameters())
     assert all(torch.equal(a, b) for a, b in zip(trainer.ema.denoiser.parameters(), average, strict=True))
-    assert all(
-        torch.equal(v, moments[k]) for state in [list(trainer.optimiser.state.values())[-1]] for k, v in state.items()
-    )
+    for state, kept in zip(trainer.optimiser.state.values(), moments, strict=True):
+        assert all(torch.equal(value, kept[name]) for name, value in state.items())
     assert trainer.step == 3
     with pytest.raises(Diverged):
         trainer.snapshot()

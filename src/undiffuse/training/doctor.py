@@ -35,6 +35,7 @@ from ..pipeline import BATCH, resolve_device
 from ..predictions import EDMOutput
 from . import memory
 from .draws import generator, lent
+from .muon import make_optimiser
 from .recipe import Plan, Recipe
 from .trainer import Diverged, Trainer, ignored_inputs
 
@@ -616,7 +617,7 @@ def check_overfit(patient: Patient, updates: int = 150, seconds: float = 12.0) -
         cond |= {name: values.to(patient.device) for name, values in given.items()}
     bar = float(loss(trivial, x0, t, eps, objective.weight, huber=objective.huber).mean())
     x0, eps = x0.to(patient.device), eps.to(patient.device)
-    adam = torch.optim.AdamW(denoiser.parameters(), lr=choice.lr, betas=choice.betas, eps=choice.eps)
+    optimiser = make_optimiser(denoiser, replace(choice, weight_decay=0.0))
     begun, now, step, lowest = time.monotonic(), math.inf, 0, math.inf
     for step in range(1, updates + 1):
         with lent(patient.seed, "doctor dropout", step, patient.device):
@@ -627,8 +628,8 @@ def check_overfit(patient: Patient, updates: int = 150, seconds: float = 12.0) -
             break
         now_loss.backward()
         nn.utils.clip_grad_norm_(denoiser.parameters(), choice.clip)
-        adam.step()
-        adam.zero_grad(set_to_none=True)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
     measured = f"loss {now:.3g} on {len(x0)} fixed items after {step} updates; always saying 0 has {bar:.3g}"
     if math.isfinite(now) and now < 0.25 * bar:
         yield Finding("overfit", "green", measured)

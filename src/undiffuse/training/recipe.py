@@ -130,20 +130,25 @@ class Objective:
 
 @dataclass(frozen=True)
 class Optimiser:
-    """AdamW (Loshchilov & Hutter 2019) and its learning rate.
+    """AdamW (Loshchilov & Hutter 2019) or Muon (Jordan et al. 2024), and its learning rate.
 
     Attributes:
+        kind: ``adamw``, or ``muon``: that for the matrices and convolutions inside the network (:mod:`.muon`), AdamW
+            for the rest.
         lr: the highest learning rate.
-        betas, eps, weight_decay: of AdamW.
+        betas, eps, weight_decay: of AdamW; the last is Muon's too.
+        momentum: of Muon.
         warmup: images over which the learning rate rises from 0.
         decay: how it falls to 0 over the run: not at all, linearly, or as half a cosine.
         clip: longest gradient (its norm over all parameters); a longer one is shortened to this.
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    momentum: float = 0.95
     warmup: int = 0
     decay: Literal["constant", "linear", "cosine"] = "cosine"
     clip: float = 1.0
@@ -153,6 +158,7 @@ class Optimiser:
         check(not all(0 <= beta < 1 for beta in self.betas), f"betas={self.betas} must be in [0, 1)")
         check(self.eps <= 0, f"eps={self.eps} must be positive")
         check(self.weight_decay < 0, f"weight_decay={self.weight_decay} must be at least 0")
+        check(not 0 <= self.momentum < 1, f"momentum={self.momentum} must be in [0, 1)")
         check(self.warmup < 0, f"warmup={self.warmup} images must be at least 0")
         check(self.clip <= 0, f"clip={self.clip} must be positive")
 

@@ -52,6 +52,7 @@ from .distributed import Leader, follow
 from .doctor import glance
 from .engine import check_divisible
 from .held_out import Curve, HeldOut, Probe, divide, probe
+from .muon import TITLES
 from .recipe import Plan, Recipe, kind_of, stored_recipe
 from .report import REFRESH, Report
 from .track import TensorBoard
@@ -767,8 +768,9 @@ def header(trainer: Trainer, out: Path, data: str, held_out: str) -> list[str]:
         f"objective  {kind_of(model.prediction)} prediction, {kind_of(model.schedule)} schedule with "
         f"{terminal_snr_report(model.schedule)}; {kind_of(objective.times)} times, {kind_of(objective.weight)} weight"
         f"{dropped}{extras}; covers {trained:.0%} of the levels of sampling",
-        f"optimiser  AdamW, learning rate {optimiser.lr:g}, warm-up {optimiser.warmup:,} images, {optimiser.decay} "
-        f"decay, gradient norm at most {optimiser.clip:g}; EMA half-life {recipe.ema.half_life:,} images{ramp}",
+        f"optimiser  {TITLES[optimiser.kind]}, learning rate {optimiser.lr:g}, warm-up {optimiser.warmup:,} images, "
+        f"{optimiser.decay} decay, gradient norm at most {optimiser.clip:g}; EMA half-life "
+        f"{recipe.ema.half_life:,} images{ramp}",
     ]
     if trained < 0.5:
         warnings.warn(

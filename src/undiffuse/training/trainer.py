@@ -32,6 +32,7 @@ from ..weights import check_fits, shapes
 from .draws import batch_indices, draw, lent
 from .ema import EMA
 from .engine import check_divisible, divide, divides, exchange, whole
+from .muon import make_optimiser, moments
 from .recipe import Plan, Recipe, share
 
 
@@ -170,15 +171,7 @@ class Trainer:
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in denoiser.modules())
         if self.plan.images is not None:
             recipe.ema.check_horizon(self.plan.images, recipe.training.batch_size)
-        choice = recipe.optimiser
-        self.optimiser = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=choice.lr,
-            betas=choice.betas,
-            eps=choice.eps,
-            weight_decay=choice.weight_decay,
-            fused=True,
-        )
+        self.optimiser = make_optimiser(self.denoiser, recipe.optimiser)
         self.step = 0
         self.loss_sum = torch.zeros((), device=self.device)  # since the last call of mean_loss
         self.loss_count = 0
@@ -248,7 +241,7 @@ class Trainer:
         norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.optimiser.clip))
         bad = ~(norm.isfinite() & total.isfinite())
         self._first_bad = torch.where((self._first_bad == 0) & bad, self.step + 1, self._first_bad)
-        # AdamW's kernel looks at this flag on the device and does nothing if it is set (loss scaling uses it too).
+        # The optimiser looks at this flag on the device and does nothing if it is set (loss scaling uses it too).
         self.optimiser.found_inf = (self._first_bad > 0).float()  # pyrefly: ignore
         self.optimiser.step()
         constrain(self.denoiser, unless=self._first_bad)
@@ -345,12 +338,12 @@ class Trainer:
         """Everything that a restored trainer needs, between two updates; its tensors are the trainer's own. Raises
         :class:`Diverged` if an update so far was not finite."""
         self.check()
-        moments = {
+        kept = {
             f"{name}/{key}": value
             for name, parameter in self.parameters.items()
             for key, value in self.optimiser.state[parameter].items()
         }
-        tensors = {"weights": self.denoiser.state_dict(), "ema": self.ema.denoiser.state_dict(), "optimiser": moments}
+        tensors = {"weights": self.denoiser.state_dict(), "ema": self.ema.denoiser.state_dict(), "optimiser": kept}
         if self.divided:
             tensors = {group: {name: whole(t).cpu() for name, t in named.items()} for group, named in tensors.items()}
         numbers = {
@@ -375,7 +368,7 @@ class Trainer:
             "optimiser": {
                 f"{name}/{key}": like
                 for name, p in self.parameters.items()
-                for key, like in (("step", p.new_zeros(())), ("exp_avg", p), ("exp_avg_sq", p))
+                for key, like in moments(self.optimiser, p).items()
             },
         }
         numbers = self.team.tell(snapshot.numbers if snapshot else None)
@@ -402,7 +395,7 @@ class Trainer:
         for name, p in self.parameters.items():
             self.optimiser.state[p] = {
                 key: given["optimiser"][f"{name}/{key}"].to(self.device, copy=True)
-                for key in ("step", "exp_avg", "exp_avg_sq")
+                for key in moments(self.optimiser, p)
             }
         self.step, self.plan, self.loss_sum, self.loss_count = step, plan, loss_sum, count
         self.skipped, self.skipped_in_row = skipped
