@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
 import threading
@@ -15,7 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import uvicorn
+from PIL import Image
 
 from undiffuse.pipeline import Pipeline
 from undiffuse.serving.engine import Engine
@@ -58,8 +62,6 @@ class Running:
 
     def message(self, path: str, body: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """(header, arrays) of one binary answer."""
-        import numpy as np
-
         status, _, raw = self.ask(path, body)
         assert status == 200, raw
         length = int.from_bytes(raw[:4], "little")
@@ -70,6 +72,62 @@ class Running:
             kind = np.uint8 if each["type"] == "uint8" else "<f4"
             arrays[name] = np.frombuffer(raw, kind, count, 4 + length + each["at"]).reshape(each["shape"])
         return head, arrays
+
+
+class Looking:
+    """A page, what it asked for, and what it complained about."""
+
+    def __init__(self, page: Any, server: Running) -> None:
+        self.page, self.server = page, server
+        self.complaints: list[str] = []
+        self.asked: list[str] = []
+        page.set_default_timeout(30_000)
+        page.on("console", self.hear)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("request", lambda request: self.asked.append(request.url))
+
+    def hear(self, message: Any) -> None:
+        # Reading pixels back is what these tests do, not the page.
+        if message.type in ("error", "warning") and "willReadFrequently" not in message.text:
+            self.complaints.append(message.text)
+
+    def open(self, state: str) -> None:
+        self.page.goto("about:blank")
+        self.page.goto(f"{self.server.origin}/studio/#{state}")
+        self.page.wait_for_selector(".lab")
+
+    def js(self, code: str, *values: Any) -> Any:
+        """An expression on ``now``, what the open lab shows."""
+        lab = self.page.url.partition("#")[2].partition("?")[0] or "time"
+        return self.page.evaluate(
+            f"async (given) => {{ const {{ now }} = await import('/studio/page/{lab}.js'); return {code}; }}",
+            list(values),
+        )
+
+    def wait(self, code: str) -> None:
+        """Until an expression on ``now`` is true."""
+        for _ in range(300):
+            if self.js(code):
+                return
+            self.page.wait_for_timeout(100)
+        raise AssertionError(f"never: {code}; the page says {self.page.locator('#trouble').text_content()!r}")
+
+    def settled(self, code: str) -> None:
+        """Until the address says so, and what it says is on the screen."""
+        self.wait(f"{code} && document.querySelector('.lab').getAttribute('aria-busy') === 'false'")
+
+    def pixels(self, selector: str) -> np.ndarray:
+        """The red values of a canvas, which are the grey ones of a grey picture."""
+        png = self.page.locator(selector).first.evaluate("canvas => canvas.toDataURL('image/png')")
+        with Image.open(io.BytesIO(base64.b64decode(png.partition(",")[2]))) as picture:
+            return np.array(picture.convert("RGB"))[..., 0].astype(int)
+
+    def slide(self, selector: str, value: float) -> None:
+        """Move a slider as a hand does: input events."""
+        self.page.locator(selector).evaluate(
+            "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input', {bubbles: true})); }",
+            str(value),
+        )
 
 
 @contextmanager
@@ -111,7 +169,5 @@ def make_run(folder: Path, said: str = "digits") -> Path:
     (folder / "held_out.jsonl").write_text('{"step": 3, "images": 48, "raw": 0.5, "ema": 0.4}\n')
     (folder / "status.json").write_text(json.dumps({"state": "stopped", "step": 3, "images": 48, "note": said}))
     (folder / "config.json").write_text(json.dumps({"data": said}))
-    from PIL import Image
-
     Image.new("L", (8, 8), 200).save(folder / "samples" / "preview-000003.png")
     return folder

@@ -733,7 +733,15 @@ class Pipeline:
         return self.spec.to_data(x)
 
     def attention(
-        self, prompt: str, *, seed: int = 0, number: int = 0, negative_prompt: str | None = None, **settings: Any
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        number: int = 0,
+        negative_prompt: str | None = None,
+        cond: Rows | None = None,
+        against: Rows | None = None,
+        **settings: Any,
     ) -> Attention:
         """Sample ``number`` of ``seed``, and where the words of its prompt have acted: each token's share of the
         attention at each place, a mean over layers, heads and the steps of the trajectory (guidance's other half left
@@ -748,7 +756,8 @@ class Pipeline:
         tokens = written.tokens(prompt)[: written.length]
         first = conditions.place(name)
         with attention_maps(self.denoiser.network) as maps:
-            x = self.draw([number], seed=seed, prompts=[prompt], negative_prompt=negative_prompt, sampling=sampling)
+            asked: dict[str, Any] = {"negative_prompt": negative_prompt, "cond": cond, "against": against}
+            x = self.draw([number], seed=seed, prompts=[prompt], sampling=sampling, **asked)
         if not maps:
             raise UndiffuseError("this network looks at no tokens")
         size = [max(each.weights.shape[axis] for each in maps) for axis in range(2, maps[0].weights.ndim - 1)]

@@ -54,7 +54,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def ask(model: Pipeline, n: int = 3, **settings: Any) -> labs.Ask:
-    return labs.Ask(model.settings(steps=6, **settings), range(n), 4, [2, 7])
+    return labs.Ask(model.settings(steps=6, **settings), range(n), 4, {"classes": [2, 7]})
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp_2m", "ddpm"])
@@ -94,7 +94,7 @@ def test_a_branch_that_changes_nothing_is_the_way_itself(model: Pipeline) -> Non
 
 
 def test_guidance_away_from_a_class_is_the_formula(model: Pipeline) -> None:
-    asked = replace(ask(model, guidance_scale=2.0, solver="euler"), against=1)
+    asked = replace(ask(model, guidance_scale=2.0, solver="euler"), against={"classes": [1]})
     (trace,) = labs.run(model, [labs.begin(model, asked)])
     level, x = trace.levels[1], trace.x[1]
     c = model.denoiser(x, level, **model.conditions(range(3), [2, 7]))
@@ -107,8 +107,9 @@ def test_variety_and_recognition_know_what_they_measure(model: Pipeline) -> None
     assert labs.variety(x, [0, 0, 1]) == 1.0
     assert labs.variety(x, [0, 1, 2]) is None
     known = examples(MODEL, model)
-    right = labs.recognised(model, known.x, known.labels)
-    wrong = labs.recognised(model, known.x, [(label + 1) % 10 for label in known.labels if label is not None])
+    right = labs.recognised(model, known.x, model.conditions(range(10), known.labels))
+    wrong = labs.recognised(model, known.x, model.conditions(range(1, 11), known.labels))
+    assert labs.recognised(model, known.x, model.denoiser.null(10)) is None
     assert right is not None
     assert wrong is not None
     assert right >= 0.8  # real digits, judged by the model
@@ -286,11 +287,18 @@ BAD: list[tuple[str, Any]] = [
     ("trace", {"steps": 100000}),
     ("trace", {"seed": -1}),
     ("trace", {"scale": 1e9}),
-    ("trace", {"classes": [99]}),
-    ("trace", {"classes": []}),
+    ("trace", {"cond": {"classes": [99]}}),
+    ("trace", {"cond": {"classes": []}}),
+    ("trace", {"cond": {"clases": [1]}}),
+    ("trace", {"cond": {"classes": ["a circle"]}}),
+    ("trace", {"cond": {"classes": [[1, 2]]}}),
+    ("trace", {"against": {"classes": [1]}, "scale": 1}),
+    ("words", {}),
+    ("walk", {"base": {}, "corners": [1, 2, 3, 4], "down": "classes"}),
+    ("walk", {"base": {}, "corners": [1, 2, 3, 4], "down": "text", "values": ["a"]}),
     ("trace", {"unknown": 1}),
     ("trace", {"low": 3, "high": 2}),
-    ("trace", {"against": 99, "n": 1}),
+    ("trace", {"against": {"classes": [99]}, "n": 1, "scale": 2}),
     ("branch", {"base": {"n": 2}, "index": 999, "then": {"n": 2}}),
     ("branch", {"base": {"n": 2}, "index": 1, "then": {"n": 3}}),
     (

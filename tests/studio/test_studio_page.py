@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,63 +13,10 @@ pytest.importorskip("uvicorn", reason="needs undiffuse[serve]")
 pytest.importorskip("fastapi", reason="needs undiffuse[serve]")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
-from studio_page import CHROMIUM, Running, make_run, running  # noqa: E402
+from studio_page import CHROMIUM, Looking, Running, make_run, running  # noqa: E402
 
 if CHROMIUM is None:
     pytest.skip("no chromium is installed", allow_module_level=True)
-
-
-class Looking:
-    """A page, what it asked for, and what it complained about."""
-
-    def __init__(self, page: Any, server: Running) -> None:
-        self.page, self.server = page, server
-        self.complaints: list[str] = []
-        self.asked: list[str] = []
-        page.set_default_timeout(30_000)
-        page.on("console", self.hear)
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("request", lambda request: self.asked.append(request.url))
-
-    def hear(self, message: Any) -> None:
-        # Reading pixels back is what these tests do, not the page.
-        if message.type in ("error", "warning") and "willReadFrequently" not in message.text:
-            self.complaints.append(message.text)
-
-    def open(self, state: str) -> None:
-        self.page.goto("about:blank")
-        self.page.goto(f"{self.server.origin}/studio/#{state}")
-        self.page.wait_for_selector(".lab")
-
-    def js(self, code: str, *values: Any) -> Any:
-        """An expression on ``now``, what the open lab shows."""
-        lab = self.page.url.partition("#")[2].partition("?")[0] or "time"
-        return self.page.evaluate(
-            f"async (given) => {{ const {{ now }} = await import('/studio/page/{lab}.js'); return {code}; }}",
-            list(values),
-        )
-
-    def wait(self, code: str) -> None:
-        """Until an expression on ``now`` is true."""
-        for _ in range(300):
-            if self.js(code):
-                return
-            self.page.wait_for_timeout(100)
-        raise AssertionError(f"never: {code}; the page says {self.page.locator('#trouble').text_content()!r}")
-
-    def pixels(self, selector: str) -> np.ndarray:
-        """The grey values of a canvas."""
-        code = """canvas => [canvas.width, canvas.height,
-            Array.from(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data)]"""
-        width, height, data = self.page.locator(selector).first.evaluate(code)
-        return np.array(data).reshape(height, width, 4)[..., 0]
-
-    def slide(self, selector: str, value: float) -> None:
-        """Move a slider as a hand does: input events."""
-        self.page.locator(selector).evaluate(
-            "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input', {bubbles: true})); }",
-            str(value),
-        )
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +190,7 @@ def test_guidance_by_mouse_and_keyboard(look: Looking) -> None:
 def test_the_walk_has_its_corners_and_the_sliders_move_through_it(look: Looking) -> None:
     look.open("walk?corners=5,6,7,8&steps=5&wclass=2")
     look.wait("now.made")
-    _, known = look.server.message("/studio/trace", {"n": 1, "seed": 6, "classes": [2], "steps": 5})
+    _, known = look.server.message("/studio/trace", {"n": 1, "seed": 6, "cond": {"classes": [2]}, "steps": 5})
     corner = np.array(look.js("Array.from(now.made.arrays.x.data.slice(8 * 64, 9 * 64))"))
     assert np.allclose(corner, known["x"][-1].ravel(), atol=1e-4)  # upper right: the sample of seed 6 alone
     look.page.locator("#knob-u").focus()
@@ -330,7 +278,7 @@ def test_copy_as_says_commands_that_work_and_pictures_can_be_saved(look: Looking
     assert np.array_equal(np.load(tmp_path / "x.npy"), scope["x"])
     spec = Pipeline.load(look.server.studio.folders["digits"]).spec
     _, arrays = look.server.message(
-        "/studio/trace", {"n": 3, "seed": 4, "classes": [5], "steps": 4, "solver": "heun", "scale": 2}
+        "/studio/trace", {"n": 3, "seed": 4, "cond": {"classes": [5]}, "steps": 4, "solver": "heun", "scale": 2}
     )
     import torch
 
@@ -419,3 +367,59 @@ def test_runs_side_by_side_by_mouse_and_keyboard(browser: Any, tmp_path: Any) ->
         looking.wait("now.all[0].loss[0].length === 4")  # it looks again by itself
         assert looking.complaints == []
         page.context.close()
+
+
+def test_the_real_picture_is_denoised_from_where_the_forward_side_is(look: Looking) -> None:
+    look.open("time?seed=1&steps=8&t=0.6&n=4&i=2&picture=3&bscale=1")
+    look.wait("now.trace && now.t === 0.6")
+    look.page.locator("#denoise").click()
+    look.wait("now.branch")
+    assert "noised=0.6" in look.page.evaluate("location.hash") or look.page.wait_for_timeout(400) is None
+    begun = np.array(look.js("Array.from(now.branch.arrays.x.data.slice(128, 192))"))
+    assert (
+        np.abs(begun - np.array(look.js("Array.from(now.forward)"))).max() < 1e-4
+    )  # what is seen is what is begun from
+    assert look.js("[now.branch.t[0], now.branch.labels]") == [0.6, [3, 3, 3, 3]]  # the picture's own class
+    assert np.array_equal(look.pixels("section:has(#denoise) .sheet canvas:nth-child(3)"), look.pixels(".tile canvas"))
+    _, known = look.server.message("/studio/pictures", {})
+    ends = np.array(look.js("Array.from(now.branch.arrays.x.data)")).reshape(-1, 4, 64)[-1]
+    assert np.sqrt(((ends - known["x"][3].ravel()) ** 2).mean(1)).max() < 0.8  # it is still about that picture
+    look.slide("#time", 900)  # before it left: the real picture with this noise
+    assert np.array_equal(look.pixels("section:has(#denoise) .sheet canvas:nth-child(3)"), look.pixels(".tile canvas"))
+    look.page.locator("#knob-bclass").select_option("8")
+    look.wait("now.branch.labels[0] === 8")
+    look.settled("location.hash.includes('bclass=8')")
+    look.page.reload()
+    look.page.wait_for_selector(".lab")
+    look.wait("now.branch && now.branch.labels[0] === 8")  # the address makes it again
+
+
+def test_quality_and_variety_are_measured_at_the_push_of_a_button(look: Looking) -> None:
+    def less(route: Any) -> None:  # the same routes, asked for less
+        body = route.request.post_data_json
+        small = (
+            {"base": {**body["base"], "n": 6}}
+            if "base" in body
+            else {"solvers": ["euler", "heun"], "calls": [2, 4], "samples": 16}
+        )
+        route.continue_(post_data=json.dumps({**body, **small}))
+
+    look.page.route("**/studio/quality", less)
+    look.page.route("**/studio/strip", less)
+    look.open("solvers?steps=4")
+    look.wait("now.both")
+    look.page.locator("#measure").focus()
+    look.page.keyboard.press("Enter")
+    look.wait("now.quality")
+    rows = look.js("now.quality.rows.map((row) => [row.solver, row.calls, row.frechet])")
+    assert {(name, calls) for name, calls, _ in rows} >= {("euler", 2), ("euler", 4), ("heun", 4)}
+    assert all(distance > 0 for *_, distance in rows)
+    assert look.page.locator("section:has(#measure) circle").count() == len(rows)
+    look.open("guidance?steps=3&classes=7")
+    look.wait("now.strip")
+    look.page.locator("#judge").click()
+    look.wait("now.judged")
+    variety, fidelity = look.js("[now.judged.variety, now.judged.recognised]")
+    assert len(variety) == len(fidelity) == 9
+    assert fidelity[4] > fidelity[0]  # asked three times as hard, it is taken for a seven more often than unasked
+    assert look.page.locator("section:has(#judge) circle").count() == 9

@@ -16,10 +16,10 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, final
+from typing import Annotated, Any, Literal, TypeVar, final
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..commands import plain
 from ..commands.solvers import measure
+from ..conditions import Attributes, Classes, Vector, Written
 from ..data import open_dataset
 from ..errors import UndiffuseError, choose
 from ..grids import GRIDS
@@ -79,6 +80,7 @@ CHAPTERS = frozenset(
         "pipeline",
         "training",
         "doctor",
+        "text",
         "studio",
     )
 )
@@ -100,14 +102,26 @@ class Form(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+Row = (
+    Annotated[str, Field(max_length=10_000)]
+    | int
+    | float
+    | None
+    | Annotated[list[int | float | None], Field(max_length=1000)]
+)
+"""What is asked of one sample: a text, a number or numbers; None leaves it open."""
+Given = dict[Annotated[str, Field(max_length=100)], Annotated[list[Row], Field(min_length=1, max_length=64)]]
+"""Conditions by name, a row a sample in turn."""
+
+
 class Ask(Form):
     """Samples of a model, and how; the names are those of the page's address."""
 
     model: str | None = Field(None, max_length=200)
     n: int = Field(8, ge=1, le=64)
     seed: int = Field(0, ge=0, lt=2**53)
-    classes: list[int | None] | None = Field(None, min_length=1, max_length=64)
-    against: int | None = Field(None, ge=0)
+    cond: Given = Field(default_factory=dict)
+    against: Given = Field(default_factory=dict)
     solver: str | None = Field(None, max_length=100)
     grid: str | None = Field(None, max_length=100)
     steps: int | None = Field(None, ge=1, le=200)
@@ -129,6 +143,11 @@ class Strip(Form):
     base: Ask
     scales: list[float] = Field(min_length=1, max_length=12)
     judge: bool = False
+
+
+class Words(Form):
+    base: Ask
+    number: int = Field(0, ge=0, lt=64)
 
 
 class Side(Form):
@@ -162,7 +181,8 @@ class WalkForm(Form):
     corners: list[int] = Field(min_length=4, max_length=4)
     columns: int = Field(7, ge=2, le=12)
     rows: int = Field(7, ge=1, le=12)
-    down: Literal["noise", "classes"] = "noise"
+    down: str = Field("noise", max_length=100, description="noise, or the condition whose values are walked through")
+    values: list[Row] = Field(default_factory=list, max_length=12)
 
 
 class Animation(Form):
@@ -220,7 +240,8 @@ def pack(meta: Mapping[str, Any], arrays: Mapping[str, Tensor | np.ndarray]) -> 
     return Response(body, media_type="application/octet-stream", headers={"Cache-Control": "no-store"})
 
 
-def shown(trace: labs.Trace, **more: Any) -> Response:
+def shown(pipeline: Pipeline, trace: labs.Trace, forward: Tensor | None = None, **more: Any) -> Response:
+    """A trajectory as data. In latents the noise too is shown through the decoder."""
     levels = trace.levels
     meta = {
         "t": [float(level.t) for level in levels],
@@ -229,7 +250,8 @@ def shown(trace: labs.Trace, **more: Any) -> Response:
         "calls": trace.calls,
         **more,
     }
-    return pack(meta, {"x": trace.x, "x0": trace.x0, "eps": trace.eps})
+    arrays = {"x": trace.x, "x0": trace.x0, "eps": trace.eps, **({} if forward is None else {"forward": forward})}
+    return pack(meta, {name: labs.seen(pipeline, x) for name, x in arrays.items()})
 
 
 # --- the studio -------------------------------------------------------------------------------------------------------
@@ -331,51 +353,70 @@ class Studio:
         size = form.n * (sampling.steps + 1) * int(np.prod(pipeline.spec.shape)) * 3
         if size > NUMBERS:
             raise UndiffuseError(f"{size:,} numbers are too many for the page: take fewer samples or steps")
-        ask = labs.Ask(sampling, numbers, form.seed, form.classes, form.against)
-        if "classes" not in pipeline.denoiser.null(1):
-            ask = replace(ask, classes=None, against=None)
-        pipeline.conditions(numbers, ask.classes)
+        ask = labs.Ask(sampling, numbers, form.seed, form.cond, form.against)
+        pipeline.conditions(numbers, None, cond=ask.cond)
+        pipeline.against(1, cond=ask.against)
         return name, pipeline, ask
 
     def labels(self, pipeline: Pipeline, ask: labs.Ask) -> list[int | None]:
         """The class of each sample."""
-        count = len(pipeline.spec.classes)
-        if "classes" not in pipeline.denoiser.null(1):
+        classes = pipeline.conditions(ask.numbers, None, cond=ask.cond).get("classes")
+        if classes is None:
             return [None for _ in ask.numbers]
-        chosen: Sequence[int | None] = range(count) if ask.classes is None else ask.classes
-        return [chosen[i % len(chosen)] for i in ask.numbers]
+        none = int(pipeline.denoiser.null(1)["classes"])
+        return [None if label == none else label for label in classes.tolist()]
 
     def trace(self, form: Ask, check: labs.Check) -> tuple[labs.Trace, dict[str, Any]]:
         """The trajectory that a form asks for, and what else to say of it."""
         name, pipeline, ask = self.ask(form)
         said: dict[str, Any] = {"model": name}
+        self.acts(ask)
         x0: Tensor | None = None
         if form.start == "noise":
             walk = labs.begin(pipeline, ask)
         else:
-            x0, labels = self.chosen(name, pipeline, form)
-            ask = replace(ask, classes=labels if any(label is not None for label in labels) else ask.classes)
+            # Inverted are n pictures, each with its own noise; noised is one, with the noise of each sample.
+            x0, labels = self.chosen(name, pipeline, form.picture, form.n if form.start == "inverted" else 1)
+            if "classes" not in form.cond and any(label is not None for label in labels):
+                ask = replace(ask, cond={**form.cond, "classes": labels})
             if form.start == "inverted":
+                x0 = pipeline.encode(x0.to(pipeline.device))
                 walk, calls = labs.inverted(pipeline, ask, x0, check)
                 said["inversion_calls"] = calls
             else:
                 begun = pipeline.begin(
-                    ask.numbers, seed=ask.seed, classes=ask.classes, sampling=ask.sampling, image=x0, strength=form.t
+                    ask.numbers, seed=ask.seed, cond=ask.cond, sampling=ask.sampling, image=x0, strength=form.t
                 )
                 walk = labs.begin(pipeline, ask, begun.x, begun.levels)
         (trace,) = labs.run(pipeline, [walk], check)
         if form.start == "inverted" and x0 is not None:
-            said["round_trip"] = float((trace.x[-1] - x0).square().mean().sqrt())
+            said["round_trip"] = float((trace.x[-1] - x0.cpu()).square().mean().sqrt())
         said["labels"] = self.labels(pipeline, ask)
         return trace, said
+
+    def forward(self, name: str, pipeline: Pipeline, form: Ask, trace: labs.Trace) -> Tensor | None:
+        """``[F, B, *shape]``: a real picture with the noise of each sample at each level of a trajectory. None where
+        the page makes it by itself: it has the data and the noise, but no encoder."""
+        if pipeline.codec is None or not len(self.pictures(name, pipeline).x):
+            return None
+        x0 = pipeline.encode(self.chosen(name, pipeline, form.picture, 1)[0].to(pipeline.device)).cpu()
+        eps = trace.x[0] / float(torch.hypot(trace.levels[0].alpha, trace.levels[0].sigma))
+        return torch.stack([level.mix(x0, eps) for level in trace.levels])
+
+    @staticmethod
+    def acts(ask: labs.Ask) -> None:
+        """Refuse what would silently do nothing."""
+        if ask.against and ask.sampling.guidance_scale == 1:
+            raise UndiffuseError("to lead away from something, guidance must be other than 1")
 
     def branch(self, form: Branch, check: labs.Check) -> labs.Trace:
         base, said = self.trace(form.base, check)
         _, pipeline, ask = self.ask(form.then)
         if form.base.model != form.then.model or form.base.n != form.then.n:
             raise UndiffuseError("a branch has the model and the number of samples of what it leaves")
-        if ask.classes is None and form.base.start != "noise":
-            ask = replace(ask, classes=said["labels"])
+        if "classes" not in form.then.cond and any(label is not None for label in said["labels"]):
+            ask = replace(ask, cond={**form.then.cond, "classes": said["labels"]})
+        self.acts(ask)
         return labs.branch(pipeline, base, form.index, ask, form.then.seed != form.base.seed, check)
 
     # --- pictures ---
@@ -386,12 +427,12 @@ class Studio:
                 self._pictures[name] = examples(self.folders[name], pipeline)
             return self._pictures[name]
 
-    def chosen(self, name: str, pipeline: Pipeline, form: Ask) -> tuple[Tensor, list[int | None]]:
-        """``n`` pictures from number ``picture`` on, and their classes."""
+    def chosen(self, name: str, pipeline: Pipeline, first: int, count: int) -> tuple[Tensor, list[int | None]]:
+        """``count`` pictures from number ``first`` on, and their classes."""
         pictures = self.pictures(name, pipeline)
         if not len(pictures.x):
             raise UndiffuseError("there is no picture to begin from: add one")
-        places = [(form.picture + i) % len(pictures.x) for i in range(form.n)]
+        places = [(first + i) % len(pictures.x) for i in range(count)]
         return pictures.x[places], [pictures.labels[i] for i in places]
 
     def add(self, form: Picture, limits: api.Limits) -> int:
@@ -459,6 +500,25 @@ def examples(folder: Path, pipeline: Pipeline) -> Pictures:
         return Pictures(torch.zeros(0, *spec.shape), [])
 
 
+def askable(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """The conditions that a model can be asked for, and what a control for each must know."""
+    conditions = pipeline.denoiser.conditions
+    found: list[dict[str, Any]] = []
+    for name in () if conditions is None else conditions.asked:
+        match conditions.part(name):
+            case Classes():
+                found.append({"name": name, "kind": "classes"})
+            case Written():
+                found.append({"name": name, "kind": "text"})
+            case Attributes() as part:
+                found.append({"name": name, "kind": "attributes", "sizes": part.sizes})
+            case Vector() as part:
+                found.append({"name": name, "kind": "vector", "size": part.size})
+            case _:
+                found.append({"name": name, "kind": "other"})
+    return found
+
+
 def described(studio: Studio) -> dict[str, Any]:
     """What the page builds its controls from: models, and the registries."""
 
@@ -478,6 +538,8 @@ def described(studio: Studio) -> dict[str, Any]:
                 "shape": spec.shape,
                 "bounded": spec.bounded,
                 "classes": spec.classes if "classes" in pipeline.denoiser.null(1) else (),
+                "conditions": askable(pipeline),
+                "latent": pipeline.codec is not None,
                 "schedule": name_of(pipeline.config.schedule, SCHEDULES),
                 "solver": name_of(usual.solver, SOLVERS),
                 "grid": name_of(usual.grid, GRIDS),
@@ -593,14 +655,19 @@ def routes(studio: Studio) -> APIRouter:
 
         def work(check: labs.Check) -> Response:
             made, said = studio.trace(form, check)
-            return shown(made, **said)
+            name, pipeline = studio.model(form.model)
+            return shown(pipeline, made, studio.forward(name, pipeline, form, made), **said)
 
         return await studio.compute(request, work)
 
     @router.post("/studio/branch")
     async def branch(request: Request) -> Response:
         form = await read(request, Branch)
-        return await studio.compute(request, lambda check: shown(studio.branch(form, check)))
+
+        def work(check: labs.Check) -> Response:
+            return shown(studio.model(form.base.model)[1], studio.branch(form, check))
+
+        return await studio.compute(request, work)
 
     @router.post("/studio/schedules")
     async def schedules(request: Request) -> Response:
@@ -632,6 +699,7 @@ def routes(studio: Studio) -> APIRouter:
 
         def work(check: labs.Check) -> Response:
             walks, meta = [], {}
+            pipeline = studio.model(form.base.model)[1]
             for side, chosen in (("a", form.a), ("b", form.b)):
                 solver = choose("solver", chosen.solver, SOLVERS)
                 if solver.adaptive or solver.distilled:
@@ -640,7 +708,8 @@ def routes(studio: Studio) -> APIRouter:
                 if steps < 1:
                     raise UndiffuseError(f"{chosen.solver} takes more than {form.calls} calls for one step")
                 base = form.base.model_copy(update={"solver": chosen.solver, "grid": chosen.grid, "steps": steps})
-                _, pipeline, ask = studio.ask(base)
+                ask = studio.ask(base)[2]
+                studio.acts(ask)
                 walks.append(labs.begin(pipeline, ask))
                 meta[side] = {"steps": steps}
             both = labs.run(pipeline, walks, check)
@@ -652,8 +721,8 @@ def routes(studio: Studio) -> APIRouter:
                     "alpha": [float(level.alpha) for level in made.levels],
                     "sigma": [float(level.sigma) for level in made.levels],
                 }
-                arrays |= {f"{side}_x": made.x, f"{side}_x0": made.x0}
-            meta["difference"] = float((both[0].x[-1] - both[1].x[-1]).square().mean().sqrt())
+                arrays |= {f"{side}_x": labs.seen(pipeline, made.x), f"{side}_x0": labs.seen(pipeline, made.x0)}
+            meta["difference"] = float((arrays["a_x"][-1] - arrays["b_x"][-1]).square().mean().sqrt())
             return pack(meta, arrays)
 
         return await studio.compute(request, work)
@@ -696,11 +765,35 @@ def routes(studio: Studio) -> APIRouter:
             if len(form.scales) * form.base.n > 256:
                 raise UndiffuseError("at most 256 samples in a strip: take fewer scales or samples")
             x = labs.strip(pipeline, ask, form.scales, check)
-            labels = studio.labels(pipeline, ask)
-            meta: dict[str, Any] = {"labels": labels, "variety": [labs.variety(each, labels) for each in x]}
+            cond = pipeline.conditions(ask.numbers, None, cond=ask.cond)
+            alike = labs.groups(cond, form.base.n)
+            meta: dict[str, Any] = {"labels": studio.labels(pipeline, ask)}
+            meta["variety"] = [labs.variety(each, alike) for each in x]
             if form.judge:
-                meta["recognised"] = [labs.recognised(pipeline, each, labels, check=check) for each in x]
+                meta["recognised"] = [labs.recognised(pipeline, each, cond, check=check) for each in x]
             return pack(meta, {"x": x})
+
+        return await studio.compute(request, work)
+
+    @router.post("/studio/words")
+    async def words(request: Request) -> Response:
+        form = await read(request, Words)
+
+        def work(check: labs.Check) -> Response:
+            _, pipeline, ask = studio.ask(form.base)
+            conditions = pipeline.denoiser.conditions
+            text = next(iter(conditions.written), "") if conditions is not None else ""
+            prompts = form.base.cond.get(text, [""])
+            prompt = prompts[form.number % len(prompts)]
+            told = pipeline.attention(
+                prompt if isinstance(prompt, str) else "",
+                seed=ask.seed,
+                number=form.number,
+                cond={name: rows for name, rows in form.base.cond.items() if name != text},
+                against=form.base.against,
+                **vars(ask.sampling),
+            )
+            return pack({"words": told.words, "number": form.number}, {"x": told.x, "weights": told.weights})
 
         return await studio.compute(request, work)
 
@@ -713,9 +806,11 @@ def routes(studio: Studio) -> APIRouter:
             for seed in form.corners:
                 if not 0 <= seed < 2**53:
                     raise UndiffuseError("seeds are whole numbers from 0")
-            if form.down == "classes" and not pipeline.spec.classes:
-                raise UndiffuseError("this model has no classes")
-            x = labs.between(pipeline, ask, form.corners, form.columns, form.rows, form.down, check)
+            if form.down != "noise" and not form.values:
+                raise UndiffuseError(f"name the values of {form.down} to walk through")
+            down = None if form.down == "noise" else (form.down, form.values)
+            studio.acts(ask)
+            x = labs.between(pipeline, ask, form.corners, form.columns, form.rows, down, check)
             return pack({"columns": form.columns, "rows": len(x) // form.columns}, {"x": x})
 
         return await studio.compute(request, work)
@@ -725,11 +820,11 @@ def routes(studio: Studio) -> APIRouter:
         form = await read(request, Animation)
 
         def work(check: labs.Check) -> Response:
-            made, _ = studio.trace(form.ask, check)
             _, pipeline = studio.model(form.ask.model)
             if not drawable(pipeline.spec):
                 raise UndiffuseError("these data cannot be drawn")
-            data = encode_animation([grid(pipeline.spec, x) for x in made.x], form.format)
+            made, _ = studio.trace(form.ask, check)
+            data = encode_animation([grid(pipeline.spec, x) for x in labs.seen(pipeline, made.x)], form.format)
             headers = {"Content-Disposition": f'attachment; filename="denoising.{form.format}"'}
             return Response(data, media_type=f"image/{form.format}", headers=headers)
 

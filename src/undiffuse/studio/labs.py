@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..conditions import Rows
 from ..errors import UndiffuseError
 from ..inversion import invert
 from ..levels import Level, combine
@@ -36,15 +37,15 @@ class Ask:
     Attributes:
         sampling: solver, grid, steps and guidance.
         numbers: of the samples; sample i is a function of ``(seed, i)``.
-        classes: of the samples, in turn; None: every class in turn; a class of None: of no class in particular.
-        against: the class that guidance leads away from; None: no class in particular.
+        cond: what is asked for, by the condition's name; see :meth:`.Pipeline.conditions`.
+        against: what guidance leads away from; what is not named is left open.
     """
 
     sampling: Sampling
     numbers: Sequence[int] = (0,)
     seed: int = 0
-    classes: Sequence[int | None] | None = None
-    against: int | None = None
+    cond: Rows | None = None
+    against: Rows | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,7 @@ class Trace:
 
     Attributes:
         levels: F of them.
-        x: ``[F, B, *shape]``.
+        x: ``[F, B, *shape]``, what the denoiser sees; :func:`seen` makes data of it.
         x0, eps: the estimate *at* that x; at clean data x itself, and the noise last believed in.
         calls: estimates that the solver asked for.
     """
@@ -80,15 +81,13 @@ class Trace:
 def begin(pipeline: Pipeline, ask: Ask, x: Tensor | None = None, levels: Sequence[Level] | None = None) -> Walk:
     """The walk that ``ask`` describes: from noise at the grid's first level, or from ``x`` along ``levels``."""
     sampling = ask.sampling
-    cond = pipeline.conditions(ask.numbers, ask.classes)
-    against = pipeline.denoiser.null(len(ask.numbers))
-    if ask.against is not None:
-        against = pipeline.conditions(ask.numbers, [ask.against])
+    cond = pipeline.conditions(ask.numbers, None, cond=ask.cond)
+    against = pipeline.against(len(ask.numbers), cond=ask.against)
     pipeline.check(cond, sampling)
     noise = Streams(ask.seed, ask.numbers)
     path = sampling.grid.levels(pipeline.config.schedule, sampling.steps) if levels is None else levels
     if x is None:
-        x = start(path[0], noise.draw(pipeline.spec.shape, torch.empty(0, device=pipeline.device)))
+        x = start(path[0], noise.draw(pipeline.shape, torch.empty(0, device=pipeline.device)))
     return Walk(x, path, sampling, noise, cond, against)
 
 
@@ -137,6 +136,13 @@ def _trace(frames: Sequence[Frame]) -> Trace:
     return Trace([frame.level for frame in frames], x, x0, eps, last.calls)
 
 
+def seen(pipeline: Pipeline, x: Tensor) -> Tensor:
+    """``[F, B, *spec.shape]`` on the CPU: data of what the denoiser sees, ``[F, B, *shape]``."""
+    if pipeline.codec is None:
+        return x.cpu()
+    return pipeline.decode(x.flatten(0, 1).to(pipeline.device)).unflatten(0, x.shape[:2]).cpu()
+
+
 def branch(pipeline: Pipeline, base: Trace, index: int, ask: Ask, fresh: bool, check: Check = lambda: None) -> Trace:
     """Go on from frame ``index`` of ``base`` as ``ask`` says.
 
@@ -147,13 +153,13 @@ def branch(pipeline: Pipeline, base: Trace, index: int, ask: Ask, fresh: bool, c
         raise UndiffuseError(f"a branch begins at frame 0 to {len(base.levels) - 2}, not {index}")
     level, x = base.levels[index], base.x[index]
     if fresh:
-        x = level.mix(base.x0[index], Streams(ask.seed, ask.numbers).draw(pipeline.spec.shape, x))
+        x = level.mix(base.x0[index], Streams(ask.seed, ask.numbers).draw(pipeline.shape, x))
     return run(pipeline, [begin(pipeline, ask, x.to(pipeline.device), base.levels[index:])], check)[0]
 
 
 def inverted(pipeline: Pipeline, ask: Ask, x: Tensor, check: Check = lambda: None) -> tuple[Walk, int]:
-    """``x`` (``[B, *shape]``, clean) carried up to noise by Euler's method, unguided, and the walk back down; and the
-    calls that it took."""
+    """``x`` (``[B, *shape]``, clean, as the denoiser sees it) carried up to noise by Euler's method, unguided, and the
+    walk back down; and the calls that it took."""
     sampling = replace(ask.sampling, solver=Euler(), guidance_scale=1.0, guidance_interval=None)
     plain = replace(ask, sampling=sampling, against=None)
     down = begin(pipeline, plain, x.to(pipeline.device))
@@ -170,14 +176,19 @@ def inverted(pipeline: Pipeline, ask: Ask, x: Tensor, check: Check = lambda: Non
 
 
 def strip(pipeline: Pipeline, ask: Ask, scales: Sequence[float], check: Check = lambda: None) -> Tensor:
-    """``[S, B, *shape]``: the same noises under each guidance scale."""
+    """``[S, B, *spec.shape]``: the same noises under each guidance scale."""
     walks = [begin(pipeline, replace(ask, sampling=replace(ask.sampling, guidance_scale=scale))) for scale in scales]
-    return torch.stack([trace.x[-1] for trace in run(pipeline, walks, check)])
+    return seen(pipeline, torch.stack([trace.x[-1] for trace in run(pipeline, walks, check)]))
 
 
-def variety(x: Tensor, labels: Sequence[int | None]) -> float | None:
-    """How unlike the samples ``[B, ...]`` of one class are: the root mean square of the difference of two, over all
-    pairs; None without a pair."""
+def groups(cond: Mapping[str, Tensor], samples: int) -> list[bytes]:
+    """What is asked of each sample; those of whom the same is asked are equal."""
+    return [b"".join(rows[i].cpu().numpy().tobytes() for rows in cond.values()) for i in range(samples)]
+
+
+def variety(x: Tensor, labels: Sequence[object]) -> float | None:
+    """How unlike the samples ``[B, ...]`` are of which the same is asked (equal ``labels``): the root mean square of
+    the difference of two, over all pairs; None without a pair."""
     flat = x.flatten(1)
     pairs = [(i, j) for i in range(len(x)) for j in range(i) if labels[i] == labels[j]]
     if not pairs:
@@ -188,28 +199,32 @@ def variety(x: Tensor, labels: Sequence[int | None]) -> float | None:
 
 @torch.no_grad()
 def recognised(
-    pipeline: Pipeline, x: Tensor, labels: Sequence[int | None], seed: int = 0, check: Check = lambda: None
+    pipeline: Pipeline, x: Tensor, cond: Mapping[str, Tensor], seed: int = 0, check: Check = lambda: None
 ) -> float | None:
-    """The share of samples that the model itself takes for the class that was asked: for each class the error of its
-    x0 estimate at three levels with the same noise; the least wins (Li et al. 2023, arXiv:2303.16203). None where no
-    class was asked."""
-    places = [i for i, label in enumerate(labels) if label is not None]
-    count = len(pipeline.spec.classes)
-    if not places or "classes" not in pipeline.denoiser.null(1):
+    """The share of samples ``[B, *spec.shape]`` that the model itself takes for what was asked: for each rival the
+    error of its x0 estimate at three levels with the same noise; the least wins (Li et al. 2023, arXiv:2303.16203). The
+    rivals of a class are the other classes; of anything else, nothing in particular. None where nothing was asked."""
+    null = pipeline.denoiser.null(len(x))
+    if "classes" in cond:
+        rivals = [{**cond, "classes": torch.full_like(cond["classes"], k)} for k in range(int(null["classes"][0]))]
+        asked, wanted = cond["classes"] != null["classes"], cond["classes"]
+    else:
+        rivals, wanted = [cond, null], torch.zeros(len(x), dtype=torch.int64)
+        asked = torch.tensor(
+            [one != none for one, none in zip(groups(cond, len(x)), groups(null, len(x)), strict=True)]
+        )
+    if not bool(asked.any()):
         return None
-    x = x[places].to(pipeline.device)
-    errors = torch.zeros(len(x), count)
-    eps = Streams(seed, len(x)).draw(pipeline.spec.shape, x)
+    x = pipeline.encode(x.to(pipeline.device))
+    errors = torch.zeros(len(x), len(rivals))
+    eps = Streams(seed, len(x)).draw(pipeline.shape, x)
     for t in (0.3, 0.5, 0.7):
         level = pipeline.config.schedule(t)
         noisy = level.mix(x, eps)
-        for label in range(count):
+        for k, rival in enumerate(rivals):
             check()
-            cond = pipeline.conditions(range(len(x)), [label])
-            estimate = pipeline.denoiser(noisy, level, **cond)
-            errors[:, label] += (estimate.x0 - x).square().flatten(1).mean(1).cpu()
-    wanted = torch.tensor([labels[i] for i in places])
-    return float((errors.argmin(1) == wanted).float().mean())
+            errors[:, k] += (pipeline.denoiser(noisy, level, **rival).x0 - x).square().flatten(1).mean(1).cpu()
+    return float((errors.argmin(1) == wanted.cpu())[asked.cpu()].float().mean())
 
 
 # --- the latent walk --------------------------------------------------------------------------------------------------
@@ -221,33 +236,32 @@ def between(
     corners: Sequence[int],
     columns: int,
     rows: int,
-    down: Literal["noise", "classes"],
+    down: tuple[str, Sequence[Any]] | None,
     check: Check = lambda: None,
 ) -> Tensor:
-    """``[rows * columns, *shape]``: noises on the great circles between those of four seeds, made into data.
+    """``[rows * columns, *spec.shape]``: noises on the great circles between those of four seeds, made into data.
 
     Across it goes from ``corners[0]`` to ``corners[1]``; down to the circle from ``corners[2]`` to ``corners[3]``, or
-    through the classes with the noise of a column unchanged.
+    with the noise of a column unchanged through some values of a condition, ``down = (name, values)``.
     """
-    shape = pipeline.spec.shape
-    a, b, c, d = (Streams(seed, 1).draw(shape) for seed in corners)
+    a, b, c, d = (Streams(seed, 1).draw(pipeline.shape) for seed in corners)
     across = [i / max(1, columns - 1) for i in range(columns)]
     top = [slerp(a, b, u) for u in across]
-    chosen: list[int | None]
-    if down == "noise":
+    cond: dict[str, Any] = {name: given[:1] for name, given in (ask.cond or {}).items()}
+    if "classes" in pipeline.denoiser.null(1):
+        cond.setdefault("classes", [None])  # and not all in turn
+    if down is None:
         bottom = [slerp(c, d, u) for u in across]
         heights = [i / max(1, rows - 1) for i in range(rows)]
         noises = [slerp(t, s, v) for v in heights for t, s in zip(top, bottom, strict=True)]
-        chosen = [(ask.classes or [None])[0]] * len(noises)
     else:
-        labels = range(len(pipeline.spec.classes))[:rows]
-        noises = [each for _ in labels for each in top]
-        chosen = [label for label in labels for _ in across]
-    has_classes = "classes" in pipeline.denoiser.null(1)
-    ask = replace(ask, numbers=range(len(noises)), classes=chosen if has_classes else None)
+        name, values = down
+        noises = [each for _ in values for each in top]
+        cond[name] = [value for value in values for _ in across]
+    ask = replace(ask, numbers=range(len(noises)), cond=cond)
     levels = ask.sampling.grid.levels(pipeline.config.schedule, ask.sampling.steps)
     x = start(levels[0], torch.cat(noises)).to(pipeline.device)
-    return run(pipeline, [begin(pipeline, ask, x, levels)], check)[0].x[-1]
+    return seen(pipeline, run(pipeline, [begin(pipeline, ask, x, levels)], check)[0].x[-1:])[0]
 
 
 def velocity(level: Level, x0: Tensor, eps: Tensor) -> Tensor:

@@ -12,11 +12,16 @@ export const ABOUT = {
   n: { label: "Samples", words: "How many samples are made together; none of them depends on the others.", formula: "i = 0 … n − 1", chapter: "sampling" },
   classes: { label: "Class", words: "What the model is asked for; in turn means sample i gets class i.", formula: "x̂₀(x, t, c)", chapter: "conditions" },
   wclass: { label: "Class", words: "What every noise of the map is made into; walking through the classes, all are.", formula: "x̂₀(x, t, c)", chapter: "conditions" },
+  prompt: { label: "Prompt", words: "What the model is asked for, in words; Enter asks. Empty: nothing in particular.", formula: "x̂₀(x, t, words)", chapter: "text" },
+  negative: { label: "Negative prompt", words: "What guidance leads away from, in words; empty: from nothing in particular.", formula: "x̂₀ = u + s (c − u),  u = x̂₀(x, t, these words)", chapter: "guidance" },
+  bprompt: { label: "Prompt from here on", words: "The branch keeps this x and asks for something else from here to the data.", formula: "x̂₀(x_t, t, words′)", chapter: "text" },
+  prompts: { label: "Prompts downwards", words: "One a line: every row of the map is the same noises, asked for the next line.", formula: "x̂₀(x, t, words)", chapter: "text" },
+  number: { label: "Asked for", words: "Numbers that the model was trained with; empty leaves them open.", formula: "x̂₀(x, t, c)", chapter: "conditions" },
   against: { label: "Away from", words: "What guidance leads away from: nothing in particular, or a class that you do not want.", formula: "x̂₀ = u + s (c − u),  u = x̂₀(x, t, this)", chapter: "guidance" },
   steps: { label: "Steps", words: "Into how many steps the way from noise to data is cut.", formula: "1 = t₀ > t₁ > … > t_N = 0", chapter: "sampling" },
   solver: { label: "Solver", words: "How estimates become the next x; better ones lean on more of what they know.", formula: "dx = x̂₀ dα + ε̂ dσ", chapter: "solvers" },
   grid: { label: "Grid", words: "Which noise levels are visited: where along the way the steps are spent.", formula: "t_i = grid(i / N)", chapter: "sampling" },
-  scale: { label: "Guidance", words: "How hard the class is asked for: 0 ignores it, 1 is the model's own answer, more exaggerates.", formula: "x̂₀ = u + s (c − u)", chapter: "guidance" },
+  scale: { label: "Guidance", words: "How hard it is asked for: 0 ignores what is asked, 1 is the model's own answer, more exaggerates.", formula: "x̂₀ = u + s (c − u)", chapter: "guidance" },
   low: { label: "Guide above", words: "Below this noise-to-signal ratio nothing is guided, which keeps fine detail free.", formula: "s if low < σ/α ≤ high, else 1", chapter: "guidance" },
   high: { label: "Guide below", words: "Above this noise-to-signal ratio nothing is guided, which keeps variety; empty: no limit.", formula: "s if low < σ/α ≤ high, else 1", chapter: "guidance" },
   start: { label: "Begin from", words: "Fresh noise, or the very noise that the model would turn into the real picture (inversion).", formula: "x₁ = solver⁻¹(x₀)", chapter: "editing" },
@@ -70,7 +75,7 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-/** @param {string} key @param {HTMLElement} input @param {HTMLElement} [output] */
+/** A knob with its name and its explanation. @param {string} key @param {HTMLElement} input @param {HTMLElement} [output] */
 const frame = (key, input, output) =>
   el("div", { class: "knob" },
     el("div", { class: "knob-head" }, el("label", { htmlFor: input.id }, ABOUT[key].label), output, why(key)), input);
@@ -135,12 +140,52 @@ export function open(key, empty, changed) {
   return frame(key, input);
 }
 
+/** Words. Enter asks, as leaving the box does; with `lines` it begins the next.
+ *  @param {string} key @param {string} hint @param {() => void} changed @param {number} [lines] */
+export function written(key, hint, changed, lines = 0) {
+  const input = el("textarea", { id: `knob-${key}`, rows: lines || 3, placeholder: hint, maxLength: 2000, spellcheck: false });
+  input.value = state.text(key);
+  const ask = () => {
+    if (input.value.trim() === state.text(key)) return;
+    state.set({ [key]: input.value.trim() });
+    changed();
+  };
+  input.addEventListener("change", ask);
+  input.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || lines) return;
+    event.preventDefault();
+    ask();
+  });
+  return frame(key, input);
+}
+
+/** Several small inputs that are one state, with commas between. @param {string} key @param {string} name
+ *  @param {(HTMLInputElement | HTMLSelectElement)[]} inputs @param {() => void} changed */
+function several(key, name, inputs, changed) {
+  const parts = state.text(key).split(",");
+  inputs.forEach((input, k) => {
+    input.value = parts[k] ?? "";
+    input.id = `knob-${key}-${k}`;
+    input.setAttribute("aria-label", inputs.length > 1 ? `${name} ${k + 1}` : name);
+    input.addEventListener("change", () => {
+      const all = inputs.map((each) => each.value);
+      state.set({ [key]: all.some((each) => each !== "") ? all.join(",") : null });
+      changed();
+    });
+  });
+  return el("div", { class: "knob" }, el("div", { class: "knob-head" }, el("span", {}, name), why("number")), el("div", { class: "several" }, ...inputs));
+}
+
 /** @param {string[]} names @returns {[string, string][]} */
 export const plainly = (names) => names.map((name) => [name, name.replaceAll("_", " ")]);
 
 // --- what several labs share ------------------------------------------------------------------------------------------
 
-/** @typedef {{name: string, path: string, kind: string, shape: number[], bounded: boolean, classes: string[], schedule: string | null,
+/** @typedef {{name: string, kind: "classes" | "text" | "attributes" | "vector" | "other", sizes?: number[], size?: number}} Condition */
+/** @typedef {string | number | null | (number | null)[]} Row */
+/** @typedef {Record<string, Row[]>} Given */
+/** @typedef {{name: string, path: string, kind: string, shape: number[], bounded: boolean, classes: string[], conditions: Condition[],
+ *  latent: boolean, schedule: string | null,
  *  solver: string | null, grid: string | null, steps: number, scale: number, alpha: number[], sigma: number[]}} Model */
 /** @typedef {{name: string, order: number, calls: number, extra: number, stochastic: boolean, fixed: boolean}} Solver */
 /** @typedef {{models: Model[], solvers: Solver[], grids: string[], schedules: string[], clouds: string[], quality_solvers: string[]}} World */
@@ -148,11 +193,55 @@ export const plainly = (names) => names.map((name) => [name, name.replaceAll("_"
 /** The model that is looked at. @param {World} world @returns {Model} */
 export const modelOf = (world) => world.models.find((model) => model.name === state.text("model")) ?? world.models[0];
 
-/** The classes of the knobs as a request says them. @param {string} key */
-export const classesOf = (key) => {
-  const chosen = state.text(key);
-  return chosen === "" ? null : chosen === "none" ? [null] : [Number(chosen)];
+/** What a condition is asked for: the names in the address. @type {Record<string, Record<string, string>>} */
+const KEYS = {
+  cond: { classes: "classes", text: "prompt" }, against: { classes: "against", text: "negative" },
+  branch: { classes: "bclass", text: "bprompt" }, walk: { classes: "wclass", text: "prompt" },
 };
+
+/** @typedef {"cond" | "against" | "branch" | "walk"} Role */
+/** @param {Role} role @param {Condition} condition */
+const keyOf = (role, condition) => KEYS[role][condition.kind] ?? `${role}.${condition.name}`;
+
+/** Whether a model can be asked in words. @param {Model} model */
+export const literate = (model) => model.conditions.some((each) => each.kind === "text");
+
+/** What the knobs ask for, by the condition's name; what is left open is not there. @param {Model} model @param {Role} role
+ *  @returns {Given} */
+export function asking(model, role) {
+  /** @type {Given} */
+  const given = {};
+  for (const condition of model.conditions) {
+    const chosen = state.text(keyOf(role, condition));
+    if (chosen === "") continue;
+    if (condition.kind === "text") given[condition.name] = [chosen];
+    else if (condition.kind === "classes") given[condition.name] = [chosen === "none" ? null : Number(chosen)];
+    else given[condition.name] = [chosen.split(",").map((part) => (part === "" ? null : Number(part)))];
+  }
+  return given;
+}
+
+/** The knobs of :func:`asking`. @param {Model} model @param {Role} role @param {() => void} changed
+ *  @param {string} [usual] the class unless another is chosen */
+export function conditionKnobs(model, role, changed, usual = "") {
+  const open = { cond: "all in turn", against: "nothing in particular", branch: "as before", walk: "" }[role];
+  const name = (/** @type {Condition} */ c) => ({ cond: c.name, walk: c.name, against: `Away from: ${c.name}`, branch: `${c.name} from here on` })[role];
+  return model.conditions.map((condition) => {
+    const key = keyOf(role, condition);
+    switch (condition.kind) {
+      case "classes": {
+        const choices = classChoices(model, open);
+        return choice(key, usual, role === "against" ? choices.filter(([value]) => value !== "none") : choices, changed);
+      }
+      case "text": return written(key, role === "branch" ? "as before" : "", changed);
+      case "attributes": return several(key, name(condition), (condition.sizes ?? []).map((size) => el("select", {},
+        el("option", { value: "" }, "open"), ...Array.from({ length: size }, (_, i) => el("option", { value: String(i) }, String(i))))), changed);
+      case "vector": return several(key, name(condition), Array.from({ length: Math.min(16, condition.size ?? 0) }, () =>
+        el("input", { type: "number", step: "any", placeholder: "open" })), changed);
+      default: return role === "cond" ? el("p", { class: "none" }, `${condition.name} can be asked for from Python; here it is left open.`) : null;
+    }
+  });
+}
 
 /** @param {Model} model @param {string} every @returns {[string, string][]} */
 export const classChoices = (model, every) => [
@@ -166,7 +255,7 @@ export function asked(world, more = {}) {
   const seed = state.number("seed", 0);
   return {
     model: model.name, n: Math.min(64, state.number("n", 10)), seed,
-    ...(model.classes.length ? { classes: classesOf("classes"), scale: state.number("scale", model.scale) } : {}),
+    ...(model.conditions.length ? { cond: asking(model, "cond"), against: asking(model, "against"), scale: state.number("scale", model.scale) } : {}),
     ...(state.text("solver") ? { solver: state.text("solver") } : {}), ...(state.text("grid") ? { grid: state.text("grid") } : {}),
     steps: state.number("steps", model.steps), ...more,
   };
@@ -176,42 +265,77 @@ export function asked(world, more = {}) {
  *  called when another model is chosen */
 export function shared(world, names, changed, again) {
   const model = modelOf(world);
-  /** @type {Record<string, () => any>} */
+  /** @type {Record<string, () => HTMLElement | null | (HTMLElement | null)[]>} */
   const make = {
     model: () => (world.models.length > 1 ? choice("model", world.models[0].name, world.models.map((m) => [m.name, m.name]), again) : null),
     seed: () => whole("seed", 0, changed),
     n: () => slider("n", 10, { min: 1, max: 32, step: 1 }, changed),
-    classes: () => (model.classes.length ? choice("classes", "", classChoices(model, "all in turn"), changed) : null),
-    scale: () => (model.classes.length ? slider("scale", model.scale, { min: 0, max: 8, step: 0.25 }, changed) : null),
-    against: () => (model.classes.length ? choice("against", "", [["", "nothing in particular"], ...classChoices(model, "").slice(1)], changed) : null),
+    cond: () => conditionKnobs(model, "cond", changed),
+    against: () => conditionKnobs(model, "against", changed),
+    scale: () => (model.conditions.length ? slider("scale", model.scale, { min: 0, max: 8, step: 0.25 }, changed) : null),
     steps: () => slider("steps", model.steps, { min: 1, max: 60, step: 1 }, changed),
     solver: () => choice("solver", model.solver ?? "", [...(model.solver ? [] : [/** @type {[string, string]} */ (["", "the model's own"])]), ...plainly(world.solvers.map((s) => s.name))], changed),
     grid: () => choice("grid", model.grid ?? "", [...(model.grid ? [] : [/** @type {[string, string]} */ (["", "the model's own"])]), ...plainly(world.grids)], changed),
   };
-  return names.map((name) => make[name]()).filter(Boolean);
+  return names.flatMap((name) => make[name]()).filter((each) => each !== null);
 }
 
 /** Text for a shell, quoted where needed. @param {string} words */
 export const quoted = (words) => (/^[\w./:=,@%+-]+$/.test(words) ? words : `'${words.replaceAll("'", "'\\''")}'`);
 
+/** A value as Python writes it. @param {unknown} value @returns {string} */
+export const python = (value) => (value === null || value === undefined ? "None" : Array.isArray(value) ? `[${value.map(python).join(", ")}]`
+  : typeof value === "object" ? `{${Object.entries(value).map(([key, each]) => `${JSON.stringify(key)}: ${python(each)}`).join(", ")}}` : JSON.stringify(value));
+
+/** What is asked for, as arguments of Pipeline.sample. @param {Model} model @param {Given} [cond] @param {Given} [against] */
+function pythonic(model, cond = {}, against = {}) {
+  const text = (/** @type {string} */ name) => model.conditions.some((each) => each.name === name && each.kind === "text");
+  const rest = (/** @type {Given} */ given, /** @type {string} */ own) => Object.fromEntries(Object.entries(given).filter(([name]) => name !== own && !text(name)));
+  const words = (/** @type {Given} */ given) => Object.entries(given).find(([name]) => text(name))?.[1];
+  const [others, away] = [rest(cond, "classes"), rest(against, "")];
+  return [
+    ...(cond.classes ? [`classes=${python(cond.classes)}`] : []), ...(words(cond) ? [`prompts=${python(words(cond))}`] : []),
+    ...(Object.keys(others).length ? [`cond=${python(others)}`] : []),
+    ...(words(against) ? [`negative_prompt=${python(words(against)?.[0])}`] : []), ...(Object.keys(away).length ? [`against=${python(away)}`] : []),
+  ];
+}
+
 /** The same samples from Python, the command line and curl. @param {World} world @param {any} ask */
 export function snippets(world, ask) {
   const model = modelOf(world);
-  const classes = ask.classes === null || ask.classes === undefined ? "" : ask.classes[0] === null ? "none" : String(ask.classes[0]);
+  /** @type {[Given, Given]} */
+  const [cond, against] = [ask.cond ?? {}, ask.against ?? {}];
+  const kinds = Object.fromEntries(model.conditions.map((each) => [each.name, each.kind]));
   const interval = ask.low || ask.high ? [ask.low ?? 0, ask.high ?? 1e9] : null;
-  const python = [
+  const code = [
     "import undiffuse", "", `pipeline = undiffuse.Pipeline.load(${JSON.stringify(model.path)})`, "x = pipeline.sample(",
-    `    ${ask.n}, seed=${ask.seed}, steps=${ask.steps},` + (classes ? ` classes=[${classes === "none" ? "None" : classes}],` : ""),
+    `    ${ask.n}, seed=${ask.seed}, steps=${ask.steps},`, ...pythonic(model, cond, against).map((each) => `    ${each},`),
     ...(ask.solver ? [`    solver="${ask.solver}",`] : []), ...(ask.grid ? [`    grid="${ask.grid}",`] : []),
     ...(ask.scale !== undefined ? [`    guidance_scale=${ask.scale},`] : []), ...(interval ? [`    guidance_interval=(${interval.join(", ")}),`] : []), ")",
   ].join("\n");
+
+  // A class by its name, which wins over numbers there; by its number where the name would be read as several.
+  const class_ = (/** @type {Row} */ row) => (row === null ? "none" : /[,]|^\s|\s$|^$/.test(model.classes[Number(row)] ?? ",") ? String(row) : model.classes[Number(row)]);
+  const said = (/** @type {string} */ name, /** @type {Row} */ row) => (kinds[name] === "text" ? String(row) : kinds[name] === "classes" ? class_(row)
+    : Array.isArray(row) ? row.map((part) => part ?? "none").join(",") : String(row));
+  const option = (/** @type {string} */ name, /** @type {string} */ value) => `--${name}${value.startsWith("-") ? "=" : " "}${quoted(value)}`;
+  const options = (/** @type {Given} */ given, /** @type {Record<string, string>} */ own, /** @type {string} */ other) => Object.entries(given).map(([name, [row]]) =>
+    own[kinds[name]] ? option(own[kinds[name]], said(name, row)) : option(other, `${name}=${said(name, row)}`));
   const command = ["undiffuse sample", quoted(model.path), `-n ${ask.n} --seed ${ask.seed} --steps ${ask.steps}`,
-    classes && `--classes ${classes}`, ask.solver && `--solver ${ask.solver}`, ask.grid && `--grid ${ask.grid}`,
+    ...options(cond, { classes: "classes", text: "prompt" }, "cond"), ...options(against, { text: "negative-prompt" }, "against"),
+    ask.solver && `--solver ${ask.solver}`, ask.grid && `--grid ${ask.grid}`,
     ask.scale !== undefined && `--guidance-scale ${ask.scale}`, interval && `--set guidance_interval=${interval.join(",")}`].filter(Boolean).join(" ");
+
+  const rows = (/** @type {Given} */ given) => Object.entries(given).map(([name, [row]]) => /** @type {[string, Row]} */ ([name, row]));
+  const [wanted, away] = [rows(cond), rows(against)];
   const body = {
-    model: model.name, n: ask.n, seed: ask.seed, num_inference_steps: ask.steps, ...(classes && classes !== "none" ? { class_labels: Number(classes) } : {}),
+    model: model.name, n: ask.n, seed: ask.seed, num_inference_steps: ask.steps,
+    ...Object.fromEntries(wanted.map(([name, row]) => (kinds[name] === "text" ? ["prompt", row] : ["class_labels", row]))),
+    ...(away.length ? { negative_prompt: said(...away[0]) } : {}),
     ...(ask.solver ? { solver: ask.solver } : {}), ...(ask.grid ? { grid: ask.grid } : {}), ...(ask.scale !== undefined ? { guidance_scale: ask.scale } : {}),
   };
   const curl = `curl ${location.origin}/v1/samples -H 'Content-Type: application/json' \\\n  -d ${quoted(JSON.stringify(body))} -o samples.npy`;
-  return { Python: python, "Command line": command, ...(interval || classes === "none" ? {} : { curl }) };
+  // Its form has one field for what is asked, and none for the interval.
+  const plain = [...wanted, ...away].every(([name, row]) => row !== null && ["classes", "text"].includes(kinds[name])) && wanted.length < 2 && away.length < 2;
+  return { Python: code, "Command line": command, ...(interval || !plain ? {} : { curl }) };
 }

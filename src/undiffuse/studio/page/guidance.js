@@ -1,9 +1,9 @@
-// Lab 3: how hard a class is asked for. The same noises under one scale after another.
+// Lab 3: how hard something is asked for: the same noises under one scale after another; and which words act where.
 
 import * as api from "./api.js";
-import { asked, modelOf, open as blank, shared, slider, snippets } from "./controls.js";
+import { asked, asking, literate, modelOf, open as blank, shared, slider, snippets } from "./controls.js";
 import * as state from "./state.js";
-import { aspect, canvases, Chart, draw, el, item, nearest, reach, short, sizeOf, together } from "./view.js";
+import { aspect, canvases, Chart, draw, el, heat, item, nearest, pictorial, reach, short, sizeOf, together } from "./view.js";
 
 /** @typedef {import("./api.js").Message} Message */
 /** @typedef {import("./controls.js").World} World */
@@ -15,14 +15,14 @@ export const now = {};
 
 export default {
   title: "Guidance",
-  words: "Guidance pushes the estimate away from what the model says without the class. More of it is clearer, less varied, and in the end wrong.",
+  words: "Guidance pushes the estimate away from what the model says when it is asked for nothing. More of it is clearer, less varied, and in the end wrong.",
   /** @param {HTMLElement} root @param {World} world @param {() => void} again */
   open(root, world, again) {
     const model = modelOf(world);
-    if (!model.classes.length) {
+    if (!model.conditions.length) {
       root.append(el("aside", { class: "knobs" }, ...shared(world, ["model"], again, again)),
         el("div", { class: "stage" }, el("section", { class: "card" }, el("h2", {}, "Nothing to ask for"),
-          el("p", { class: "quiet" }, "This model was trained without classes, so there is nothing to guide towards."))));
+          el("p", { class: "quiet" }, "This model was trained without classes or captions, so there is nothing to guide towards."))));
       return {};
     }
     const size = sizeOf(model);
@@ -30,12 +30,12 @@ export default {
     const sheet = el("div", { class: "sheet", role: "img", "aria-label": "Samples: one scale a column, one noise a row" });
     const where = new Chart("The scale along the way", "noise-to-signal ratio σ/α", "guidance scale", { logAcross: true, least: 0 });
     const usual = 3;
-    const trade = new Chart("Variety against fidelity", "variety: rms difference of two samples of a class", "taken for the class that was asked");
+    const trade = new Chart("Variety against fidelity", "variety: rms difference of two that were asked alike", "taken for what was asked");
     const words = el("p", { class: "quiet" }, "More guidance makes samples more alike and more surely what was asked, until it breaks them.");
     const big = el("div", { class: "sheet" });
     const bigWords = el("p", { class: "quiet" });
     const ask = () => asked(world, {
-      n: Math.min(10, state.number("rows", 5)), against: state.text("against") === "" ? null : Number(state.text("against")),
+      n: Math.min(10, state.number("rows", 5)),
       low: state.number("low", 0), high: state.text("high") === "" ? null : state.number("high", 1),
     });
 
@@ -44,7 +44,9 @@ export default {
       strip = await api.arrays("strip", { base: judge ? { ...ask(), n: 20 } : ask(), scales: SCALES, judge }, signal);
       if (judge) {
         trade.draw([{ name: "each point is a scale", x: strip.variety, y: strip.recognised, tone: 1, dots: true, labels: SCALES.map((s) => `s = ${s}`) }]);
-        words.textContent = "Fidelity is the model's own judgement: the share of 20 samples whose class, by the error of its estimates, is the one that was asked.";
+        words.textContent = "Fidelity is the model's own judgement: the share of 20 samples that, by the error of its estimates, it takes for what was asked"
+          + (model.classes.length ? " and for no other class." : " and not for just anything.");
+        if (strip.recognised.every((/** @type {number | null} */ each) => each === null)) words.textContent = "Nothing was asked for, so there is no fidelity to measure.";
         now.judged = { variety: strip.variety, recognised: strip.recognised };
         return load();
       }
@@ -61,8 +63,10 @@ export default {
       big.style.setProperty("--aspect", String(aspect(model)));
       const heads = SCALES.map((s) => el("div", { class: "head" }, short(s)));
       sheet.replaceChildren(...heads, ...Array.from({ length: columns * rows }, () => el("canvas")));
-      big.replaceChildren(...Array.from({ length: rows }, () => el("canvas")));
+      big.replaceChildren(...Array.from({ length: rows }, (_, i) =>
+        (reading ? el("button", { type: "button", "aria-label": `Sample ${i}: where its words act`, onclick: () => { state.set({ i }); paint(); tell(); } }, el("canvas")) : el("canvas"))));
       paint();
+      tell();
     }
 
     function paint() {
@@ -77,11 +81,55 @@ export default {
       canvases(big).forEach((canvas, r) => draw(canvas, model, item(/** @type {Message} */ (strip).arrays.x, size, chosen * rows + r), range));
       for (let c = 0; c < columns; c++) sheet.children[c].classList.toggle("on", c === chosen);
       const variety = strip.variety[chosen];
-      bigWords.textContent = `s = ${short(SCALES[chosen])}` + (variety === null ? "" : `; two samples of one class differ by ${short(variety)}`);
+      bigWords.textContent = `s = ${short(SCALES[chosen])}` + (variety === null ? "" : `; two that were asked alike differ by ${short(variety)}`);
+      if (reading) [...big.children].forEach((each, i) => each.setAttribute("aria-pressed", String(i === sample())));
       const ratio = Array.from({ length: 161 }, (_, i) => 10 ** (-2 + i / 40));
       const [low, high] = [state.number("low", 0), state.text("high") === "" ? Infinity : state.number("high", 1)];
       where.draw([{ name: "s", x: ratio, y: ratio.map((r) => (r > low && r <= high ? SCALES[chosen] : 1)), tone: 1 }]);
       Object.assign(now, { strip, chosen, painted: (now.painted ?? 0) + 1 });
+    }
+
+    // --- which words act where ---
+    const reading = literate(model) && pictorial(model);
+    /** @type {Message | undefined} */ let told;
+    let word = -1;
+    const sample = () => Math.min(Number(strip?.arrays.x.shape[1] ?? 1) - 1, Math.max(0, state.number("i", 0)));
+    const mapped = el("canvas", { role: "img", "aria-label": "The sample" });
+    const tokens = el("div", { class: "row", role: "group", "aria-label": "The words of the prompt" });
+    const tokenWords = el("p", { class: "quiet" });
+
+    /** Ask for the maps of the chosen sample at the chosen scale. */
+    const tell = api.latest(async (signal) => {
+      if (!reading || !strip) return;
+      const scale = SCALES[nearest(SCALES, state.number("scale", usual))];
+      const silent = !Object.keys(asking(model, "cond")).some((name) => model.conditions.some((each) => each.name === name && each.kind === "text"));
+      told = undefined;
+      tokens.replaceChildren();
+      if (silent || scale === 0) {
+        tokenWords.textContent = silent ? "Write a prompt, and each of its words shows where it has acted." : "At scale 0 no word acts.";
+        light(-1);
+        return;
+      }
+      told = await api.arrays("words", { base: { ...ask(), scale }, number: sample() }, signal);
+      tokens.replaceChildren(...told.words.map((/** @type {string} */ each, /** @type {number} */ k) => el("button", {
+        type: "button", onclick: () => { word = word === k ? -1 : k; light(word); }, onmouseenter: () => light(k), onmouseleave: () => light(word), onfocus: () => light(k), onblur: () => light(word),
+      }, each)));
+      tokenWords.textContent = "Light: more of the attention than the word's own mean, over all layers and steps. Point at a word, or go from one to the next with Tab.";
+      word = Math.min(word, told.words.length - 1);
+      light(word);
+    }, root);
+
+    /** Show where one word has acted; -1: the sample alone. @param {number} k */
+    function light(k) {
+      if (!strip) return;
+      const rows = strip.arrays.x.shape[1];
+      const x = told ? item(told.arrays.x, size, 0) : item(strip.arrays.x, size, nearest(SCALES, state.number("scale", usual)) * rows + sample());
+      const weights = told?.arrays.weights;
+      const map = weights && k >= 0 ? { data: item(weights, weights.shape[1] * weights.shape[2], k), rows: weights.shape[1], columns: weights.shape[2] } : null;
+      heat(mapped, model, x, reach(model, 1, 0), map);
+      mapped.setAttribute("aria-label", map ? `Where “${told?.words[k]}” has acted` : "The sample");
+      [...tokens.children].forEach((each, j) => each.setAttribute("aria-pressed", String(j === word)));
+      Object.assign(now, { told, word: k });
     }
 
     sheet.addEventListener("click", (/** @type {MouseEvent} */ event) => {
@@ -93,17 +141,19 @@ export default {
       knob.dispatchEvent(new Event("input"));
     });
     const redraw = () => paint();
+    const rescale = () => { paint(); tell(); };
     window.addEventListener("redress", redraw);
     root.append(
       el("aside", { class: "knobs", "aria-label": "Controls" },
-        slider("scale", usual, { values: SCALES }, paint),
-        ...shared(world, ["classes", "against"], () => load(), again),
+        slider("scale", usual, { values: SCALES }, rescale),
+        ...shared(world, ["cond", "against"], () => load(), again),
         blank("low", "0", () => load()), blank("high", "no limit", () => load()),
         ...shared(world, ["model", "seed", "steps", "solver"], () => load(), again)),
       el("div", { class: "stage" },
         el("div", { class: "working" }),
-        el("section", { class: "card" }, el("h2", {}, "The same noises under each scale"), el("p", { class: "quiet" }, "0 ignores the class, 1 is the model's own answer. Choose a column."), sheet),
+        el("section", { class: "card" }, el("h2", {}, "The same noises under each scale"), el("p", { class: "quiet" }, "0 ignores what is asked, 1 is the model's own answer. Choose a column."), sheet),
         el("section", { class: "card" }, el("h2", {}, "This scale"), bigWords, big),
+        reading ? el("section", { class: "card" }, el("h2", {}, "Which words act where"), tokenWords, tokens, el("div", { class: "big" }, mapped)) : null,
         el("div", { class: "two" },
           el("section", { class: "card" }, el("h2", {}, "Where it acts"), el("p", { class: "quiet" }, "Outside the interval the scale is 1, and the second network call is not made."), where.element),
           el("section", { class: "card" }, el("h2", {}, "Variety against fidelity"), words,

@@ -128,7 +128,7 @@ export default {
         slider("calls", 10, { min: 1, max: 40, step: 1 }, compare),
         choice("asolver", "euler", fixed, compare), choice("agrid", "uniform", plainly(world.grids), () => { compare(); curves(); }),
         choice("bsolver", "dpmpp_2m", fixed, compare), choice("bgrid", "uniform", plainly(world.grids), compare),
-        ...shared(world, ["model", "seed", "classes", "scale"], compare, again)),
+        ...shared(world, ["model", "seed", "cond", "against", "scale"], compare, again)),
       el("div", { class: "stage" },
         el("div", { class: "working" }),
         el("section", { class: "card" }, el("h2", {}, "A | B: same noise, same number of calls"), difference,

@@ -1,7 +1,7 @@
 // Lab 1: one time axis, both ways. Forward, a real picture drowns in noise; back, the model finds data in the same noise.
 
 import * as api from "./api.js";
-import { asked, choice, classChoices, modelOf, shared, slider, snippets, whole, why } from "./controls.js";
+import { asked, asking, choice, conditionKnobs, modelOf, shared, slider, snippets, whole, why } from "./controls.js";
 import * as state from "./state.js";
 import { aspect, canvases, Chart, draw, el, item, nearest, pictorial, reach, short, sizeOf, together } from "./view.js";
 
@@ -27,9 +27,9 @@ export default {
     const model = modelOf(world);
     const size = sizeOf(model);
     /** @type {Message | undefined} */ let trace;
-    /** @type {Message | undefined} */ let offshoot;
+    /** What left the way: from the reverse side's x, or from the real picture with noise. @type {{made: Message, forward: boolean} | undefined} */
+    let offshoot;
     /** @type {Message | undefined} */ let pictures;
-    let offshootAt = 0;
     let playing = 0;
     const ask = () => asked(world, {
       start: state.text("start") === "inverted" ? "inverted" : "noise", picture: state.number("picture", 0),
@@ -58,7 +58,7 @@ export default {
     const changes = new Chart("Change per step", "time t", "root mean square");
     const branchSheet = el("div", { class: "sheet" });
     const branchWords = el("p", { class: "quiet" });
-    const changed = () => { offshoot = undefined; state.set({ branch: null }); load(); };
+    const changed = () => { offshoot = undefined; state.set({ branch: null, noised: null }); load(); };
 
     // --- asking ---
     const load = api.latest(async (signal) => {
@@ -69,24 +69,36 @@ export default {
       now.trace = trace;
       now.pictures = pictures;
       lay();
-      if (state.text("branch") !== "") await branch(signal);
+      if (state.text("branch") !== "" || state.text("noised") !== "") await off(signal);
     }, root);
 
-    const branch = async (/** @type {AbortSignal | undefined} */ signal) => {
-      const index = Math.min(state.number("branch", 0), /** @type {Message} */ (trace).t.length - 2);
+    /** Leave the way as the address says. @param {AbortSignal} [signal] */
+    const off = async (signal) => {
+      const whole = /** @type {Message} */ (trace);
       const base = ask();
-      const chosen = state.text("bclass");
-      const classes = chosen === "" ? /** @type {Message} */ (trace).labels : chosen === "none" ? [null] : [Number(chosen)];
+      const known = model.classes.length ? { classes: whole.labels } : {};
       const then = {
         ...base, start: "noise", seed: state.number("bseed", base.seed),
-        ...(model.classes.length ? { classes, scale: state.number("bscale", base.scale ?? 1) } : {}),
+        ...(model.conditions.length ? { cond: { ...known, ...base.cond, ...asking(model, "branch") }, scale: state.number("bscale", base.scale ?? 1) } : {}),
       };
-      offshoot = await api.arrays("branch", { base, index, then }, signal);
-      offshootAt = index;
-      now.branch = offshoot;
+      if (state.text("noised") !== "") {
+        const t = Math.min(0.999, Math.max(0.01, state.number("noised", 0.5)));
+        const cond = { ...base.cond, ...asking(model, "branch") }; // unless something is asked for, the picture's own class
+        offshoot = { made: await api.arrays("trace", { ...then, ...(model.conditions.length ? { cond } : {}), start: "noised", t }, signal), forward: true };
+      } else {
+        const index = Math.min(state.number("branch", 0), whole.t.length - 2);
+        offshoot = { made: await api.arrays("branch", { base, index, then }, signal), forward: false };
+      }
+      now.branch = offshoot.made;
       lay();
     };
-    const leave = api.latest(async (signal) => branch(signal), root);
+    const leave = api.latest(off, root);
+    const forget = () => { offshoot = undefined; now.branch = undefined; state.set({ branch: null, noised: null }); lay(); };
+    /** Begin from the real picture as it is at this time. */
+    const denoise = () => {
+      state.set({ branch: null, noised: state.number("t", 0.5) });
+      leave();
+    };
 
     // --- drawing ---
     /** Build what has as many parts as there are samples and steps. */
@@ -133,14 +145,18 @@ export default {
       const [alpha, sigma] = levelAt(model, t);
       const at = (/** @type {string} */ name, /** @type {number} */ frame) => item(/** @type {Message} */ (trace).arrays[name], size, frame * count + i);
 
-      // Forward: the same noise as the reverse side begins from, at exactly this time.
-      const first = at("x", 0);
+      // Forward: the same noise as the reverse side begins from, at exactly this time (in latents at this frame's).
       const unit = Math.hypot(trace.alpha[0], trace.sigma[0]);
       const known = pictures.arrays.x.shape[0];
       const clean = known ? item(pictures.arrays.x, size, state.number("picture", 0) % known) : new Float32Array(size);
       if (!known) tiles.forward.words.textContent = "no real data at hand: noise about the mean";
-      const noisy = new Float32Array(size);
-      for (let k = 0; k < size; k++) noisy[k] = alpha * clean[k] + sigma * (first[k] / unit);
+      const noised = (/** @type {number} */ sample) => {
+        const { x, forward } = /** @type {Message} */ (trace).arrays;
+        if (forward) return item(forward, size, f * count + sample);
+        const first = item(x, size, sample);
+        return new Float32Array(size).map((_, k) => alpha * clean[k] + sigma * (first[k] / unit));
+      };
+      const noisy = noised(i);
       draw(tiles.forward.canvas, model, noisy, reach(model, alpha, sigma));
 
       const [a, s] = [trace.alpha[f], trace.sigma[f]];
@@ -158,13 +174,18 @@ export default {
         draw(/** @type {HTMLCanvasElement} */ (button.firstChild), model, item(/** @type {Message} */ (trace).arrays.x, size, f * count + k), reach(model, a, s));
       });
       if (offshoot) {
-        const g = Math.max(0, f - offshootAt);
-        const from = f < offshootAt ? trace : offshoot;
-        const frame = f < offshootAt ? f : g;
-        canvases(branchSheet).forEach((canvas, k) =>
-          draw(canvas, model, item(from.arrays.x, size, frame * count + k), reach(model, a, s)));
-        branchWords.textContent = `Left the way at t = ${short(trace.t[offshootAt])}; here as it is at the same time. Before that both are one.`;
-      } else branchWords.textContent = "Move the slider to where it should leave the way, change something, and go on from there.";
+        const { made, forward } = offshoot;
+        const g = nearest(made.t, t);
+        const before = t > made.t[0] && (forward || trace.t[f] > made.t[0]);
+        const [ga, gs] = before ? forward && !trace.arrays.forward ? [alpha, sigma] : [a, s] : [made.alpha[g], made.sigma[g]];
+        canvases(branchSheet).forEach((canvas, k) => {
+          const shown = !before ? item(made.arrays.x, size, g * count + k) : forward ? noised(k) : item(/** @type {Message} */ (trace).arrays.x, size, f * count + k);
+          draw(canvas, model, shown, reach(model, ga, gs));
+        });
+        branchWords.textContent = forward
+          ? `The real picture with noise up to t = ${short(made.t[0])}, each time other noise; from there the model goes on.`
+          : `Left the way at t = ${short(made.t[0])}; here as it is at the same time. Before that both are one.`;
+      } else branchWords.textContent = "Move the slider to where it should leave the way, change something, and go on from there: from the reverse side's x, or from the real picture with as much noise.";
 
       time.value = String(Math.round(1000 * t));
       time.setAttribute("aria-valuetext", `t ${short(t)}, frame ${f} of ${trace.t.length - 1}`);
@@ -237,13 +258,14 @@ export default {
       el("button", { type: "button", id: "next-picture", onclick: () => {
         if (!pictures?.arrays.x.shape[0]) return;
         state.set({ picture: (state.number("picture", 0) + 1) % pictures.arrays.x.shape[0] });
-        if (state.text("start") === "inverted") changed();
-        else paint();
+        if (state.text("start") === "inverted" || model.latent) changed();
+        else if (offshoot?.forward) leave();
+        paint();
       } }, "Next picture"),
       ...(pictorial(model) ? [el("button", { type: "button", onclick: () => upload.click() }, "Your own …"), upload] : []));
     root.append(
       el("aside", { class: "knobs", "aria-label": "Controls" },
-        ...shared(world, ["model", "seed", "classes", "scale", "steps", "solver", "grid"], changed, again),
+        ...shared(world, ["model", "seed", "cond", "against", "scale", "steps", "solver", "grid"], changed, again),
         choice("start", "noise", [["noise", "fresh noise"], ["inverted", "the real picture's noise"]], changed),
         el("div", { class: "knob" }, el("div", { class: "knob-head" }, el("span", {}, "Real picture"), why("picture")), pick)),
       el("div", { class: "stage" },
@@ -256,16 +278,17 @@ export default {
         el("section", { class: "card" }, el("h2", {}, "All samples at this time"), el("p", { class: "quiet" }, "Choose one to look at above."), sheet),
         el("section", { class: "card" }, el("h2", {}, "Branch from here"), branchWords,
           el("div", { class: "three" },
-            ...(model.classes.length ? [choice("bclass", "", [["", "as before"], ...classChoices(model, "").slice(0)], () => offshoot && leave()),
-              slider("bscale", state.number("scale", model.scale), { min: 0, max: 8, step: 0.25 }, () => offshoot && leave())] : []),
+            ...conditionKnobs(model, "branch", () => offshoot && leave()),
+            ...(model.conditions.length ? [slider("bscale", state.number("scale", model.scale), { min: 0, max: 8, step: 0.25 }, () => offshoot && leave())] : []),
             whole("bseed", state.number("seed", 0), () => offshoot && leave())),
           el("div", { class: "row" },
             el("button", { type: "button", class: "main", id: "branch", onclick: () => {
               if (!trace) return;
-              state.set({ branch: Math.min(nearest(trace.t, state.number("t", 0.5)), trace.t.length - 2) });
+              state.set({ branch: Math.min(nearest(trace.t, state.number("t", 0.5)), trace.t.length - 2), noised: null });
               leave();
             } }, "Go on from this x"),
-            el("button", { type: "button", id: "unbranch", onclick: () => { offshoot = undefined; state.set({ branch: null }); lay(); } }, "Forget the branch")),
+            el("button", { type: "button", id: "denoise", onclick: denoise }, "Denoise the real picture from here"),
+            el("button", { type: "button", id: "unbranch", onclick: forget }, "Forget the branch")),
           branchSheet),
         el("div", { class: "two" },
           el("section", { class: "card" }, el("h2", {}, "Signal and noise"), levels.element),

@@ -66,6 +66,40 @@ export function draw(canvas, spec, values, range) {
   pen.putImageData(image, 0, 0);
 }
 
+/** A picture in half its grey, and over it light where a map is above its own mean: where, and not how much.
+ *  @param {HTMLCanvasElement} canvas @param {Spec} spec @param {Float32Array} values @param {number} range
+ *  @param {{data: Float32Array, rows: number, columns: number} | null} map null: the picture alone */
+export function heat(canvas, spec, values, range, map) {
+  const [channels, height, width] = spec.shape;
+  const area = width * height;
+  const shades = new Float32Array(values);
+  if (map) {
+    const colours = channels === 3 || channels === 4 ? 3 : 1;
+    for (let i = 0; i < area; i++) {
+      let grey = 0;
+      for (let c = 0; c < colours; c++) grey += values[c * area + i] / colours;
+      for (let c = 0; c < colours; c++) shades[c * area + i] = (grey - range) / 2;
+    }
+  }
+  const small = el("canvas");
+  draw(small, spec, shades, range);
+  const scale = Math.max(1, Math.round(320 / width));
+  [canvas.width, canvas.height] = [width * scale, height * scale];
+  const pen = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
+  pen.imageSmoothingEnabled = false;
+  pen.drawImage(small, 0, 0, canvas.width, canvas.height);
+  if (!map) return;
+  const light = el("canvas", { width: map.columns, height: map.rows });
+  const brush = /** @type {CanvasRenderingContext2D} */ (light.getContext("2d"));
+  const image = brush.createImageData(map.columns, map.rows);
+  const mean = map.data.reduce((a, b) => a + b, 0) / map.data.length || 1;
+  const most = Math.max(2, map.data.reduce((a, b) => Math.max(a, b), 0) / mean);
+  map.data.forEach((share, i) => image.data.set([255, 140, 0, Math.round((255 * share) / mean / most)], 4 * i));
+  brush.putImageData(image, 0, 0);
+  pen.imageSmoothingEnabled = true;
+  pen.drawImage(light, 0, 0, canvas.width, canvas.height);
+}
+
 /** Items that are no pictures: a point in the plane, or the first channel as a line.
  *  @param {HTMLCanvasElement} canvas @param {CanvasRenderingContext2D} pen @param {Spec} spec
  *  @param {Float32Array} values @param {number} range */

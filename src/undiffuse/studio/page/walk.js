@@ -1,7 +1,7 @@
 // Lab 6: what lies between noises. Great circles keep noise noise; a straight line would pass through something quieter.
 
 import * as api from "./api.js";
-import { asked, choice, classChoices, modelOf, shared, slider, why } from "./controls.js";
+import { asked, asking, choice, conditionKnobs, modelOf, python, shared, slider, why, written } from "./controls.js";
 import * as state from "./state.js";
 import { aspect, canvases, draw, el, item, reach, short, sizeOf, together } from "./view.js";
 
@@ -21,16 +21,24 @@ export default {
     const model = modelOf(world);
     const size = sizeOf(model);
     /** @type {Message | undefined} */ let made;
-    const classy = model.classes.length > 0;
-    const down = () => (classy ? state.text("down", "noise") : "noise");
+    const [classes, text] = ["classes", "text"].map((kind) => model.conditions.find((each) => each.kind === kind));
+    /** The condition whose values the rows are; none: another way through the noise. */
+    const down = () => [classes, text].find((each) => each?.name === state.text("down"));
+    const lines = () => state.text("prompts").split("\n").map((line) => line.trim()).filter((line) => line).slice(0, 12);
+    const values = () => {
+      if (!down()) return [];
+      if (down() === classes) return model.classes.slice(0, 12).map((_, i) => i);
+      return lines().length ? lines() : [state.text("prompt")];
+    };
     const corners = () => {
       const given = state.text("corners").split(",").map(Number).filter((n) => Number.isSafeInteger(n) && n >= 0);
       return given.length === 4 ? given : [0, 1, 2, 3];
     };
     const usual = String(3 % Math.max(1, model.classes.length));
+    const given = () => ({ ...(classes ? { [classes.name]: [Number(usual)] } : {}), ...asking(model, "walk") });
     const ask = () => ({
-      base: asked(world, { n: 1, ...(classy ? { classes: [state.text("wclass", usual) === "none" ? null : state.number("wclass", Number(usual))] } : {}) }),
-      corners: corners(), columns: ACROSS, rows: down() === "classes" ? Math.min(12, model.classes.length) : 7, down: down(),
+      base: asked(world, { n: 1, ...(model.conditions.length ? { cond: given() } : {}) }),
+      corners: corners(), columns: ACROSS, rows: 7, down: down()?.name ?? "noise", values: values(),
     });
     const sheet = el("div", { class: "sheet", role: "group", "aria-label": "Between the noises" });
     const big = el("canvas", { role: "img", "aria-label": "The chosen place" });
@@ -71,8 +79,9 @@ export default {
       draw(big, model, item(made.arrays.x, size, k), reach(model, 1, 0));
       [...sheet.children].forEach((button, i) => button.setAttribute("aria-pressed", String(i === k)));
       const u = column / (made.columns - 1);
-      words.textContent = down() === "classes"
-        ? `Class ${model.classes[row]}, ${short(u)} of the way from seed ${corners()[0]} to seed ${corners()[1]}`
+      const name = down() === classes ? `Class ${model.classes[row]}` : `“${values()[row]}”`;
+      words.textContent = down()
+        ? `${name}, ${short(u)} of the way from seed ${corners()[0]} to seed ${corners()[1]}`
         : `${short(u)} of the way across, ${short(row / Math.max(1, made.rows - 1))} of the way down`;
       Object.assign(now, { made, k, painted: (now.painted ?? 0) + 1 });
     }
@@ -89,36 +98,43 @@ export default {
       seeds.value = corners().join(", ");
       load();
     };
+    const prompts = written("prompts", "a red circle\na blue square", load, 4);
+    const dress = () => { prompts.hidden = !text || down() !== text; };
+    dress();
     const redraw = () => load();
     window.addEventListener("redress", redraw);
     root.append(
       el("aside", { class: "knobs", "aria-label": "Controls" },
         slider("u", 0, { min: 0, max: 1, step: 1 / (ACROSS - 1) }, paint), slider("v", 0, { min: 0, max: 1, step: 1 / 24 }, paint),
-        ...(classy ? [choice("down", "noise", [["noise", "through noise"], ["classes", "through the classes"]], load)] : []),
+        ...(classes || text ? [choice("down", "noise", [["noise", "through noise"], ...[classes, text].flatMap((each) =>
+          (each ? [/** @type {[string, string]} */ ([each.name, each === classes ? "through the classes" : "through prompts"])] : []))], () => { dress(); load(); })] : []),
+        ...(text ? [prompts] : []),
         el("div", { class: "knob" }, el("div", { class: "knob-head" }, el("label", { htmlFor: "knob-corners" }, "Corner seeds"), why("corners")), seeds),
         el("button", { type: "button", id: "others", onclick: others }, "Other corners"),
-        ...(classy ? [choice("wclass", usual, classChoices(model, ""), load)] : []),
-        ...shared(world, ["model", "scale", "steps", "solver"], load, again)),
+        ...conditionKnobs(model, "walk", load, usual),
+        ...shared(world, ["against", "model", "scale", "steps", "solver"], load, again)),
       el("div", { class: "stage" },
         el("div", { class: "working" }),
         el("div", { class: "beside" },
           el("section", { class: "card" }, el("h2", {}, "Between the noises"), el("p", { class: "quiet" }, "Choose a place; the sliders do the same from the keyboard."), sheet),
           el("section", { class: "card" }, el("h2", {}, "This place"), words, el("div", { class: "big" }, big)))));
     load();
-    const python = () => {
+    const code = () => {
       const { base, corners: [a, b] } = ask();
+      const { cond = {}, against = {} } = base;
       return ["import torch", "import undiffuse", "from undiffuse import Streams, slerp", "from undiffuse.sampling import start, trajectory", "",
         `pipeline = undiffuse.Pipeline.load(${JSON.stringify(model.path)})`,
         `sampling = pipeline.settings(steps=${base.steps}${base.scale === undefined ? "" : `, guidance_scale=${base.scale}`})`,
-        `a, b = (Streams(seed, 1).draw(pipeline.spec.shape) for seed in (${a}, ${b}))`,
+        `a, b = (Streams(seed, 1).draw(pipeline.shape) for seed in (${a}, ${b}))`,
         `noise = torch.cat([slerp(a, b, u) for u in torch.linspace(0, 1, ${ACROSS}).tolist()])`,
-        `cond = pipeline.conditions(range(${ACROSS}), ${classy ? `[${base.classes?.[0] ?? "None"}]` : "None"})`,
+        `cond = pipeline.conditions(range(${ACROSS}), None, cond=${python(cond)})`,
+        ...(Object.keys(against).length ? [`against = pipeline.against(${ACROSS}, cond=${python(against)})`] : []),
         `levels = sampling.grid.levels(pipeline.config.schedule, sampling.steps)`,
-        `frames = trajectory(pipeline.denoise(cond, sampling), start(levels[0], noise), levels, sampling.solver, Streams(0, ${ACROSS}))`,
-        "for frame in frames:", "    pass", "x = pipeline.spec.to_data(frame.x)"].join("\n");
+        `frames = trajectory(pipeline.denoise(cond, sampling${Object.keys(against).length ? ", against=against" : ""}), start(levels[0], noise), levels, sampling.solver, Streams(0, ${ACROSS}))`,
+        "for frame in frames:", "    pass", "x = pipeline.spec.to_data(pipeline.decode(frame.x))"].join("\n");
     };
     return {
-      snippets: () => ({ Python: python() }),
+      snippets: () => ({ Python: code() }),
       picture: () => (made ? together(canvases(sheet), made.columns) : null),
       close: () => window.removeEventListener("redress", redraw),
     };
