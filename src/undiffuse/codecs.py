@@ -416,7 +416,16 @@ def folded_shape(shape: Sequence[int], channels: int, rank: int, factor: int, la
     return (latent, *(n // factor for n in shape[1:]))
 
 
-CODECS: dict[str, Callable[[Mapping[str, Any]], Codec]] = {"fold": lambda config: Fold(**config)}
+def _autoencoder(config: Mapping[str, Any]) -> Codec:
+    from .networks.autoencoder import Autoencoder
+
+    return Autoencoder(**config)
+
+
+CODECS: dict[str, Callable[[Mapping[str, Any]], Codec]] = {
+    "fold": lambda config: Fold(**config),
+    "autoencoder": _autoencoder,
+}
 """How each kind of codec is built from its configuration (a file names the kind, never code)."""
 
 

@@ -80,7 +80,7 @@ class Augment:
         labels ``[B, 9]`` if there are any."""
         if not self:
             return x, None
-        draws = [_draw(seed, int(epoch), int(index)) for epoch, index in zip(epochs, indices, strict=True)]
+        draws = self._draws(seed, epochs, indices)
         u, n = np.stack([each[0] for each in draws]), np.stack([each[1] for each in draws])
         x = _where(u[:, 0] < self.flip, x.flip(-1), x)
         if self.shift:
@@ -89,6 +89,20 @@ class Augment:
             height, width = x.shape[2:]
             x = torch.stack([each[:, i : i + height, j : j + width] for each, (i, j) in zip(wide, moves, strict=True)])
         return _geometric(x, u[:, 3:], n, self.geometric) if self.geometric else (x, None)
+
+    def mirrored(
+        self, seed: int, epochs: Sequence[int] | np.ndarray, indices: Sequence[int] | np.ndarray
+    ) -> np.ndarray:
+        """Which of the items this would mirror, ``[B]`` bool."""
+        if not self.flip:
+            return np.zeros(len(indices), bool)
+        return np.array([u[0] < self.flip for u, _ in self._draws(seed, epochs, indices)], bool)
+
+    @staticmethod
+    def _draws(
+        seed: int, epochs: Sequence[int] | np.ndarray, indices: Sequence[int] | np.ndarray
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [_draw(seed, int(epoch), int(index)) for epoch, index in zip(epochs, indices, strict=True)]
 
 
 def advice(spec: DataSpec, augment: Augment) -> str:

@@ -9,13 +9,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import final, overload
+from typing import TYPE_CHECKING, final, overload
 
 import numpy as np
 import torch
 
 from ..errors import UndiffuseError
+from .augment import Augment
 from .spec import DataSpec
+
+if TYPE_CHECKING:
+    from ..codecs import Codec
 
 
 class Dataset(ABC):
@@ -28,6 +32,7 @@ class Dataset(ABC):
     ``skipped``   ``(file, reason)`` for each file that could not be used
     ``duplicates``   ``(file, the first one with the same content)``
     ``notes``   everything that was warned about when the data were opened
+    ``codec``   by which the items were made of those of ``original``, or ``None``: these are the data themselves
     ``streams``   whether items are decoded when they are asked for (reading is then worth a thread of its own)
     """
 
@@ -38,6 +43,12 @@ class Dataset(ABC):
     texts: Sequence[str] | None = None
     duplicates: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    codec: Codec | None = None
+
+    @property
+    def original(self) -> Dataset:
+        """What people look at: the data that latents were made of, or this."""
+        return self
 
     @property
     def streams(self) -> bool:
@@ -63,6 +74,14 @@ class Dataset(ABC):
         values, labels = self.read(indices)
         cond = {} if labels is None else {"classes": torch.from_numpy(labels)}
         return self.spec.to_model(values), cond
+
+    def augmented(
+        self, augment: Augment, seed: int, epochs: np.ndarray, indices: np.ndarray
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """:meth:`batch` as these ``epochs`` (one for each item) see the items, with what the network is told of it."""
+        x, cond = self.batch(indices)
+        x, told = augment(x, seed, epochs, indices)
+        return x, cond if told is None else {**cond, "augmentation": told}
 
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[str] | None:
         """The captions of these items, or None."""
@@ -205,6 +224,18 @@ class Subset(Dataset):
         self.texts = None if whole.texts is None else Picked(whole.texts, self._indices)
         self.duplicates, self.notes = whole.duplicates, whole.notes
         self.fingerprint = digest(whole.fingerprint, self._indices.tobytes())
+        self.codec = whole.codec
+
+    @property
+    def original(self) -> Dataset:
+        return self if self.codec is None else Subset(self._whole.original, self._indices)
+
+    def augmented(
+        self, augment: Augment, seed: int, epochs: np.ndarray, indices: np.ndarray
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if self.codec is None:
+            return super().augmented(augment, seed, epochs, indices)
+        return self._whole.augmented(augment, seed, epochs, self._indices[positions(indices, len(self))])
 
     @property
     def streams(self) -> bool:

@@ -32,12 +32,13 @@ the average take 20 bytes a parameter, 8 GB here, on each GPU otherwise."""
 class Loss(nn.Module):
     """The loss of each sample as a module: DDP exchanges gradients for what passes through a module's ``forward``."""
 
-    def __init__(self, denoiser: Denoiser) -> None:
+    def __init__(self, denoiser: nn.Module, loss: Callable[..., Tensor]) -> None:
         super().__init__()
         self.denoiser = denoiser
+        self.loss = loss
 
     def forward(self, *values: Any, **options: Any) -> Tensor:
-        return loss(self.denoiser, *values, **options)
+        return self.loss(self.denoiser, *values, **options)
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Engine:
     """How the gradient of a batch comes about.
 
     Attributes:
-        loss: :func:`undiffuse.loss` of the denoiser; its backward pass leaves the mean of all processes' gradients.
+        loss: of what is trained (:func:`undiffuse.loss` of a denoiser); its backward pass leaves the mean of all processes' gradients.
         quiet: inside, backward passes leave the gradients at home: all parts of a batch but the last, so that there is
             one exchange an update.
     """
@@ -139,8 +140,8 @@ def compiled_twin(denoiser: Denoiser) -> Denoiser:
         return Denoiser(Compiled(denoiser.network), *parts, denoiser.learned_variance)
 
 
-def exchange(denoiser: Denoiser, team: Team, compiled: bool = False) -> Engine:
-    """All state on each process: DDP, or nothing at all for a team of one."""
+def exchange(denoiser: Any, team: Team, compiled: bool = False, loss: Callable[..., Tensor] = loss) -> Engine:
+    """All state on each process: DDP, or nothing at all for a team of one. ``loss(denoiser, ...)`` is of each sample."""
     denoiser = compiled_twin(denoiser) if compiled else denoiser
     if team.size == 1:
         return Engine(partial(loss, denoiser), nullcontext)
@@ -151,7 +152,7 @@ def exchange(denoiser: Denoiser, team: Team, compiled: bool = False) -> Engine:
             raise UndiffuseError(
                 f"{name} is a batch norm: its output depends on how a batch is divided among processes; use group norm"
             )
-    ddp = DistributedDataParallel(Loss(denoiser), gradient_as_bucket_view=True)
+    ddp = DistributedDataParallel(Loss(denoiser, loss), gradient_as_bucket_view=True)
     return Engine(ddp, ddp.no_sync)
 
 
