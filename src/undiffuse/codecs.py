@@ -24,10 +24,12 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .config import parse_json
 from .data.spec import DataSpec
 from .errors import UndiffuseError, choose, unknown
+from .networks import Cost
 from .networks.layers import fold, unfold
 from .weights import check_fits, load_into, read_header, read_weights, shapes, write_weights
 
@@ -414,6 +416,19 @@ def folded_shape(shape: Sequence[int], channels: int, rank: int, factor: int, la
             f"of {factor}, such as {near} (--image-size), or take a codec of a smaller factor"
         )
     return (latent, *(n // factor for n in shape[1:]))
+
+
+def build_codec(kind: str, config: Mapping[str, Any]) -> Codec:
+    """A codec with fresh weights (drawn from torch's global generator), not yet measured."""
+    return choose("kind of codec", kind, CODECS)(config)
+
+
+def codec_cost(codec: nn.Module, shape: Sequence[int]) -> Cost:
+    """Parameters of a codec on the device "meta", and FLOPs of encoding and decoding one item."""
+    assert isinstance(codec, Codec)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        codec.reconstruct(codec.posterior(torch.zeros(1, *shape))[0])
+    return Cost(sum(p.numel() for p in codec.parameters()), counter.get_total_flops())
 
 
 def _autoencoder(config: Mapping[str, Any]) -> Codec:

@@ -29,6 +29,8 @@ undiffuse train ./photos --image-size 64   a folder of images, or folders of
 undiffuse train mnist --data-root ~/data --minutes 30
 undiffuse train shapes --recipe text       captions: text to image
 undiffuse train ./photos --until-converged
+undiffuse train ./photos --image-size 128 --recipe autoencoder --out runs/ae
+undiffuse train ./photos --image-size 128 --codec runs/ae   in its latents
 undiffuse train volumes.npy --set optimiser.lr=0.0005 --set training.keep=5
 """
 
@@ -61,6 +63,7 @@ def train(
     batch_size: int | None = None,
     image_size: int | None = None,
     model_size: Literal["tiny", "small", "base", "large"] | None = None,
+    codec: AnyPath | None = None,
     seed: int = 0,
     device: str = "auto",
     data_root: AnyPath | None = None,
@@ -81,14 +84,15 @@ def train(
         data: A folder, .zip or .tar of images, a .npy or .npz file, hf:NAME[:SPLIT] of the Hugging Face Hub, or the
             name of a data set: digits, mnist, moons, swissroll, checkerboard, shapes (with captions).
         out: The run folder (default: runs/ and the name of the data).
-        recipe: default, digits, mnist, points, images, text (pictures with captions) or tiny (seconds, for
-            tests).
+        recipe: default, digits, mnist, points, images, text (pictures with captions), autoencoder (a codec, for
+            --codec) or tiny (seconds, for tests).
         steps: Length of the run in updates.
         images: Length of the run in images seen.
         minutes: Length of the run in time; the speed of its first tenth decides how many images that is.
         batch_size: Images an update.
         image_size: Side to which images are cropped and resized.
         model_size: tiny, small, base or large.
+        codec: Train in the latents of this codec: a run of the recipe autoencoder. The data are encoded once and kept.
         seed: Of everything that is drawn.
         device: auto, cpu, cuda, mps.
         data_root: Where files of named data sets are.
@@ -126,6 +130,7 @@ def train(
         "--batch-size": batch_size,
         "--image-size": image_size,
         "--model-size": model_size,
+        "--codec": codec,
         "--seed": seed or None,
         "--device": None if device == "auto" else device,
         "--data-root": data_root,
@@ -159,6 +164,8 @@ def train(
                 image_size=image_size,
                 channels=channels,
                 model_size=model_size,
+                codec=codec,
+                device=device,
                 seed=seed,
                 data_root=data_root,
                 labels=labels,
@@ -205,11 +212,15 @@ def prepare(
     strict: bool,
     set: tuple[str, ...],
     frames: int | None = None,
+    codec: AnyPath | None = None,
+    device: str = "cpu",
 ) -> tuple[Dataset, Recipe]:
-    """The data and the recipe that these options mean."""
+    """The data (or their latents) and the recipe that these options mean."""
+    from ..codecs import Codec
     from ..config import override
     from ..data import open_dataset
-    from ..pipeline import REGISTRIES
+    from ..data.latents import Latents, latent_spec
+    from ..pipeline import REGISTRIES, resolve_device
     from ..training import make_recipe
     from ..training.recipe import with_length
 
@@ -226,18 +237,45 @@ def prepare(
         strict=strict,
         seed=seed,
     )
-    chosen = make_recipe(recipe, dataset.spec, len(dataset), model_size)
+    inner = None if codec is None else Codec.load(codec, resolve_device(device))
+    spec = dataset.spec if inner is None else latent_spec(dataset.spec, inner)
+    chosen = make_recipe(recipe, spec, len(dataset), model_size)
     chosen = override(chosen, set, REGISTRIES)
+    if inner is not None:
+        with bar(f"encoding {dataset.name}") as progress:
+            dataset = Latents(dataset, inner, chosen.augment, progress=progress)
     return dataset, with_length(chosen, steps=steps, images=images, batch_size=batch_size)
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that appears when something is done; on no terminal, nothing."""
+    from tqdm import tqdm
+
+    bars: list[tqdm[Any]] = []
+
+    def move(done: int, total: int) -> None:
+        if not bars:
+            bars.append(tqdm(total=total, desc=what, unit="item", unit_scale=True, leave=False, disable=None))
+        bars[0].update(done - bars[0].n)
+
+    try:
+        yield move
+    finally:
+        for each in bars:
+            each.close()
 
 
 def report(result: Trained) -> str:
     loss = "" if result.loss is None else f", loss {result.loss:.4g}"
+    run = shlex.quote(str(result.path))
+    makes = (result.model / "pipeline.json").is_file()
+    following = f"undiffuse sample {run}" if makes else f"undiffuse train DATA --codec {run}"
     return (
         f"{result.path}: {result.state}, {result.step:,} updates, {result.images:,} images, "
         f"{result.seconds:.0f} s{loss}\n"
         f"  look: {shlex.quote(str(result.path / 'report.html'))}\n"
-        f"  next: undiffuse sample {shlex.quote(str(result.path))}"
+        f"  next: {following}"
     )
 
 

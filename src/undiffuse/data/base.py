@@ -98,6 +98,9 @@ class Dataset(ABC):
     def describe(self) -> str:
         """One line: ``1,797 images 8x8x1 uint8 [0, 16], 10 classes``."""
         spec, count = self.spec, len(self)
+        if self.codec is not None:
+            size = "x".join(map(str, spec.shape))
+            return f"{self.original.describe()}, as latents {size} of the {self.codec.kind} codec {self.codec.hash}"
         noun = spec.kind.removesuffix("s") + ("" if count == 1 else "s")
         if spec.kind == "points":
             size = f"{spec.shape[0]}-D"

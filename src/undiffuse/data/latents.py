@@ -78,7 +78,7 @@ class Latents(Dataset):
         for name in ("shift", "geometric"):
             if getattr(augment, name):
                 raise UndiffuseError(
-                    f"augment.{name} cannot be done to latents, which are encoded once: set it to 0 (augment.flip works)"
+                    f"augment.{name} cannot be done to latents, which are encoded once: set it to 0 (augment.flip can)"
                 )
         self.whole, self.codec = original, codec
         self.spec, self.name = latent_spec(original.spec, codec), original.name
@@ -122,10 +122,6 @@ class Latents(Dataset):
         for i, (index, mirror) in enumerate(zip(where, mirrored, strict=True)):
             values[i] = self._copies[bool(mirror)][index // SHARD][index % SHARD]
         return values
-
-    def describe(self) -> str:
-        size = "x".join(map(str, self.spec.shape))
-        return f"{self.whole.describe()}, as latents {size} of the {self.codec.kind} codec {self.codec.hash}"
 
 
 class _Counted:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codecs import Codec, folded_shape
-from ..errors import UndiffuseError
+from ..errors import UndiffuseError, choose
 from .layers import check_levels, check_sizes, convolution, fold, unfold, wide, zeroed
 
 
@@ -194,11 +194,10 @@ def autoencoder_for(
 ) -> dict[str, Any]:
     """The configuration of an :class:`Autoencoder` for data of one shape: the size dial of the networks.
 
-    The first half of the factor is folded into channels, as long as these are no more than four times the width (a
-    small machine's time goes where positions are many); the rest is halved.
+    While positions are many, the factor is folded into channels (a small machine's time goes there), as long as these
+    are no more than four times the width; what is left of it is halved.
     """
     from . import FOLDED_PER_WIDTH, SIZES, repeated
-    from ..errors import choose
 
     channels, *spatial = shape
     if not spatial or factor < 1 or factor & (factor - 1):

@@ -29,7 +29,6 @@ from ..data import Dataset
 from ..data.augment import advice
 from ..denoiser import Denoiser, UnitVariance
 from ..errors import UndiffuseError, UndiffuseWarning
-from ..networks import build
 from ..objectives import EDMWeight, loss, overlap
 from ..pipeline import BATCH, resolve_device
 from ..predictions import EDMOutput
@@ -398,9 +397,7 @@ def check_overlap(patient: Patient) -> Iterator[Finding]:
 def check_disk(patient: Patient) -> Iterator[Finding]:
     """Is there room for the checkpoints?"""
     spec, training = patient.dataset.spec, patient.recipe.training
-    config = patient.recipe.config(spec)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build(config.network, config.network_config).parameters())
+    parameters = sum(p.numel() for p in patient.recipe.modules(spec).parameters())
     one = 16 * parameters  # weights, average and two moments, float32
     need = (training.keep + 1) * one + 8 * parameters  # one more while it is written; the model, twice
     place = patient.out.absolute()

@@ -46,7 +46,8 @@ class Engine:
     """How the gradient of a batch comes about.
 
     Attributes:
-        loss: of what is trained (:func:`undiffuse.loss` of a denoiser); its backward pass leaves the mean of all processes' gradients.
+        loss: of what is trained (:func:`undiffuse.loss` of a denoiser); its backward pass leaves the mean of all
+            processes' gradients.
         quiet: inside, backward passes leave the gradients at home: all parts of a batch but the last, so that there is
             one exchange an update.
     """
@@ -141,7 +142,7 @@ def compiled_twin(denoiser: Denoiser) -> Denoiser:
 
 
 def exchange(denoiser: Any, team: Team, compiled: bool = False, loss: Callable[..., Tensor] = loss) -> Engine:
-    """All state on each process: DDP, or nothing at all for a team of one. ``loss(denoiser, ...)`` is of each sample."""
+    """All state on each process: DDP, or nothing at all for a team of one. ``loss(denoiser, ...)`` is ``[B]``."""
     denoiser = compiled_twin(denoiser) if compiled else denoiser
     if team.size == 1:
         return Engine(partial(loss, denoiser), nullcontext)

@@ -13,13 +13,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
+from ..codecs import build_codec, codec_cost
 from ..config import from_json
 from ..data.augment import LABELS, Augment, advice
 from ..data.spec import DataSpec
 from ..denoiser import InputScale, Label, NoScale, TimeLabel
 from ..encoders import load
-from ..errors import UndiffuseError, UndiffuseWarning
+from ..errors import UndiffuseError, UndiffuseWarning, unknown
 from ..networks import build, describe, sized
 from ..objectives import Stratified, Times, Unit, Weight
 from ..pipeline import REGISTRIES, ModelConfig, Sampling
@@ -243,6 +245,52 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Compression:
+    """What a codec is to be, and what its loss weighs (:mod:`.autoencoding`).
+
+    Attributes:
+        factor: positions of the data to one of the latents along each axis, a power of two.
+        channels: of the latents.
+        codebook: vectors that the decoder sees; 0: continuous latents.
+        distance: of the data and what is made of them: mean of the absolute error, or of its square.
+        kl: weight of the divergence of the posterior from the standard normal one, a number of data.
+        commitment: how much the latents keep to their vectors, beside the vectors to the latents.
+        revive: updates after which a vector that nothing was near to moves to where it is needed; 0: never.
+        perceptual: weight of the distance of features; features: ``classifier``, one trained on the labels, or the path
+            of LPIPS's weights (VGG) as a safetensors file.
+        adversarial: weight of a discriminator of patches, which begins after the share ``adversarial_from`` of the run.
+    """
+
+    factor: int = 4
+    channels: int = 4
+    codebook: int = 0
+    distance: Literal["l1", "l2"] = "l1"
+    kl: float = 1e-6
+    commitment: float = 0.25
+    revive: int = 50
+    perceptual: float = 0.0
+    features: str = "classifier"
+    adversarial: float = 0.0
+    adversarial_from: float = 0.5
+
+    def __post_init__(self) -> None:
+        check(self.factor < 1 or self.factor & (self.factor - 1) > 0, f"factor={self.factor} must be a power of two")
+        for name in ("kl", "commitment", "revive", "perceptual", "adversarial"):
+            check(getattr(self, name) < 0, f"{name}={getattr(self, name)} must be at least 0")
+        check(not 0 <= self.adversarial_from <= 1, f"adversarial_from={self.adversarial_from} must be in [0, 1]")
+
+    def config(self, model: Model, spec: DataSpec) -> dict[str, Any]:
+        """The configuration of the codec for data of this spec."""
+        from ..networks.autoencoder import autoencoder_for
+
+        common = autoencoder_for(spec.shape, model.size, self.factor, self.channels, self.codebook)
+        for option in model.network:
+            if option not in common:
+                raise unknown("option of the autoencoder", option, common)
+        return {**common, **model.network}
+
+
+@dataclass(frozen=True)
 class Averaging:
     """The exponential moving average of the weights, which is what is sampled from.
 
@@ -289,7 +337,11 @@ class Averaging:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One full configuration of a run; made by a function ``(spec, count, size) -> Recipe`` of :mod:`.recipes`."""
+    """One full configuration of a run; made by a function ``(spec, count, size) -> Recipe`` of :mod:`.recipes`.
+
+    With ``codec`` a codec is learned and not a denoiser: of ``model`` then only ``size`` and ``network`` count, and
+    ``objective`` and ``sampling`` not at all.
+    """
 
     name: str
     model: Model = Model()
@@ -299,13 +351,19 @@ class Recipe:
     augment: Augment = Augment()
     ema: Averaging = Averaging()
     sampling: Sampling = Sampling()
+    codec: Compression | None = None
 
     def check(self, spec: DataSpec) -> None:
         """Raise for what the parts refuse only together: prediction with schedule, grid and steps with schedule,
         convergence with a learning rate that never falls."""
-        self.model.prediction.check(self.model.schedule)
-        self.sampling.grid.times(self.model.schedule, self.sampling.steps)
-        self.config(spec)
+        if self.codec is None:
+            self.model.prediction.check(self.model.schedule)
+            self.sampling.grid.times(self.model.schedule, self.sampling.steps)
+        else:
+            check(self.augment.geometric > 0, "augment.geometric is told to a denoiser; a codec takes no condition")
+            check(self.training.quality_every > 0, "training.quality_every is of samples; a codec makes none")
+            check(self.training.compile == "always", "training.compile=always: a codec is not compiled; say never")
+        self.modules(spec)
         check(
             self.training.until_converged and self.optimiser.decay == "constant",
             "training.until_converged needs a learning rate that falls at the end: set optimiser.decay=linear",
@@ -318,8 +376,19 @@ class Recipe:
         """All that builds the denoiser for data of this spec."""
         return self.model.config(spec, LABELS if self.augment.geometric else 0)
 
+    def modules(self, spec: DataSpec) -> nn.Module:
+        """What is trained, for data of this spec, on the device "meta": its shapes alone."""
+        with torch.device("meta"):
+            if self.codec is None:
+                return self.config(spec).modules()
+            codec = build_codec("autoencoder", self.codec.config(self.model, spec))
+            codec.latent_shape(spec.shape)
+            return codec
+
     def cost(self, spec: DataSpec) -> str:
         """Parameters and FLOPs: ``0.25 M parameters, 0.012 GFLOP per forward pass``."""
+        if self.codec is not None:
+            return str(codec_cost(self.modules(spec), spec.shape))
         config = self.config(spec)
         with torch.device("meta"):
             return str(describe(build(config.network, config.network_config), spec.shape))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from ..data.spec import DataSpec
@@ -13,7 +14,7 @@ from ..grids import LogSNR, Uniform
 from ..objectives import LogitNormalTimes, Stratified, UniformTimes
 from ..pipeline import Sampling
 from ..solvers import DPMpp2M, Heun
-from .recipe import Averaging, Model, Objective, Optimiser, Recipe, Training
+from .recipe import Averaging, Compression, Model, Objective, Optimiser, Recipe, Training
 
 Make = Callable[[DataSpec, int, str | None], Recipe]
 
@@ -137,6 +138,34 @@ def text(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
     )
 
 
+def autoencoder(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
+    """A codec for data with spatial axes: 8 times coarser from sides of 128 on, 4 times from 32 on, else twice; less
+    where the sides do not divide by that.
+
+    Latents have 4 channels; ``codec.factor``, ``codec.channels`` and ``codec.codebook`` change what it is.
+    """
+    side = max(spec.shape[1:], default=1)
+    wanted = 8 if side >= 128 else 4 if side >= 32 else 2
+    factor = math.gcd(wanted, *spec.shape[1:])
+    return Recipe(
+        name="autoencoder",
+        model=Model(size=size or "small"),
+        optimiser=Optimiser(lr=1e-3, warmup=3_200, decay="cosine"),
+        training=Training(
+            images=min(5_000_000, max(200_000, 20 * count)),
+            batch_size=32,
+            log_every=20,
+            preview_every=500,
+            checkpoint_every=1000,
+            previews=64,
+            evaluate_every=250,
+            held_out=500,
+        ),
+        ema=Averaging(half_life=10_000),
+        codec=Compression(factor=factor if factor > 1 else wanted),  # what does not divide at all is refused
+    )
+
+
 def tiny(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
     """Twenty updates of the smallest network, for data of any kind: a test that everything works, not a good model."""
     return Recipe(
@@ -165,6 +194,7 @@ RECIPES: dict[str, Make] = {
     "points": points,
     "images": images,
     "text": text,
+    "autoencoder": autoencoder,
     "tiny": tiny,
 }
 """Every recipe by name."""

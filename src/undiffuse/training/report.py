@@ -17,11 +17,12 @@ from PIL import Image
 
 from ..page import Chart, Charts, Code, Facts, Line, Notice, Part, Picture, Section, Slides, Words, short, write
 from .convergence import Forecast
-from .held_out import Curve, HeldOut, Probe
+from .held_out import Curve, Probe
 from .recipe import Recipe
 
 if TYPE_CHECKING:
     from .run import Progress
+    from .tasks import Judge
 
 PICTURES = 24
 SIDE = 640
@@ -45,7 +46,7 @@ class Report:
         where: Progress,
         curve: Curve,
         forecast: Forecast | None,
-        held_out: HeldOut | None,
+        held_out: Judge | None,
         probes: Sequence[Probe],
         error: str = "",
     ) -> None:
@@ -57,8 +58,13 @@ class Report:
         parts.append(Section("Curves", [Charts(charts(self.recipe, rows, curve, held_out, probes))]))
         pictures = self.pictures()
         if pictures:
-            after = "Samples of the averaged weights from the same noise; move the slider through time."
-            parts.append(Section("Samples", [Words(after), Slides(pictures)]))
+            title, after = (
+                "Samples",
+                "Samples of the averaged weights from the same noise; move the slider through time.",
+            )
+            if self.recipe.codec is not None:
+                title, after = "Reconstructions", "Rows in turn: data, and what the averaged codec makes of them."
+            parts.append(Section(title, [Words(after), Slides(pictures)]))
         parts += [
             Section("Command", [Code(_text(self.out / "command.txt"))], folded=True),
             Section("Configuration", [Code(config)], folded=True),
@@ -116,7 +122,7 @@ def facts(state: str, where: Progress, rows: Sequence[dict[str, Any]], curve: Cu
     return Facts(found)
 
 
-def notices(where: Progress, curve: Curve, forecast: Forecast | None, held_out: HeldOut | None) -> list[Part]:
+def notices(where: Progress, curve: Curve, forecast: Forecast | None, held_out: Judge | None) -> list[Part]:
     """What the curves mean, in words."""
     if held_out is None:
         return [Notice("info", "nothing is held out, so only the training loss is known: it falls by memorising, too")]
@@ -148,7 +154,7 @@ def notices(where: Progress, curve: Curve, forecast: Forecast | None, held_out: 
 
 
 def charts(
-    recipe: Recipe, rows: Sequence[dict[str, Any]], curve: Curve, held_out: HeldOut | None, probes: Sequence[Probe]
+    recipe: Recipe, rows: Sequence[dict[str, Any]], curve: Curve, held_out: Judge | None, probes: Sequence[Probe]
 ) -> list[Chart]:
     """Every curve of the run."""
     seen = [row["images"] for row in rows]
@@ -163,7 +169,7 @@ def charts(
         lines += [Line("held out", at, [p.raw for p in points])]
         lines += [Line("held out, averaged weights", at, [p.ema for p in points])]
     found = [Chart("Loss", lines, SEEN, settle=0.05, marks={"best": curve.best.images} if curve.best else {})]
-    if points and held_out is not None:
+    if points and held_out is not None and points[-1].ema_bands:
         names = held_out.band_names(recipe.model.schedule)
         bands = [Line(name, at, [p.ema_bands[i] for p in points]) for i, name in enumerate(names)]
         note = "averaged weights; a quarter of the draws each, and their mean is the held-out loss"

@@ -38,28 +38,23 @@ import safetensors
 import torch
 
 from .. import __version__
-from ..config import from_json, load_json, to_json, write_bytes_atomic, write_json_atomic
+from ..config import from_json, to_json, write_bytes_atomic, write_json_atomic
 from ..data import Dataset
-from ..denoiser import terminal_snr_report
 from ..distributed import joined
 from ..errors import Deserted, UndiffuseError, UndiffuseWarning
-from ..objectives import overlap
-from ..outputs import suffixes, write_samples
-from ..pipeline import BATCH, REGISTRIES, Pipeline
+from ..pipeline import REGISTRIES
 from . import checkpoint, forensics, memory, speed
 from .convergence import Forecast, constant_from, cool_down, forecast
 from .distributed import Leader, follow
 from .doctor import glance
 from .engine import check_divisible
-from .held_out import Curve, HeldOut, Probe, divide, probe
+from .held_out import Curve, Probe, divide, probe
 from .muon import TITLES
-from .recipe import Plan, Recipe, kind_of, stored_recipe
+from .recipe import Plan, Recipe, stored_recipe
 from .report import REFRESH, Report
+from .tasks import Judge, Product
 from .track import TensorBoard
 from .trainer import Diverged, Snapshot, Trainer, Update
-
-PREVIEW_SEED = 0
-"""The noise of every preview, and ``undiffuse sample``'s default: a preview is what it would write (trap X8)."""
 
 STATUS = 2.0
 """Seconds between two writings of status.json."""
@@ -185,7 +180,7 @@ def run_training(
             if recipe.training.quality_every and team.first:
                 from ..evaluation.quality import quality_probe  # which is built on this package
 
-                probes = (*probes, quality_probe(dataset, recipe.training, device))
+                probes = (*probes, quality_probe(dataset.original, recipe.training, device))
 
         def build(chosen: dict[str, str] | None) -> Trainer:
             plan = Plan(None) if minutes is not None or recipe.training.until_converged else None
@@ -296,7 +291,7 @@ class _Run:
         self.seconds_before = 0.0
         self.last_loss: float | None = None
         self.changed: list[str] = []  # what was changed, and after which update
-        self.held_out = None if held_out is None else HeldOut(held_out, recipe, self.trainer.device)
+        self.held_out = None if held_out is None else self.trainer.task.judge(held_out, self.trainer.device)
         self.curve = Curve()
         self.whole = dataset
         self.probes: Sequence[Probe] = ()
@@ -419,6 +414,8 @@ class _Run:
         trainer = self.trainer
         if trainer.divided:
             return "not looked for, since no process has all the weights"
+        if not trainer.task.replayable:
+            return "not looked for: lower optimiser.lr"
         # The last update was skipped, or one since the last check was bad; else a weight is, which the next will show.
         step = trainer.diverged_at or (trainer.step if trainer.skipped_in_row else trainer.step + 1)
         cause = "unknown"
@@ -540,7 +537,7 @@ class _Run:
             return "nothing: all items are trained on, so there is no held-out loss and no best/"
         return self.held_out.describe(self.whole)
 
-    def _evaluate(self, held_out: HeldOut, last: bool) -> None:
+    def _evaluate(self, held_out: Judge, last: bool) -> None:
         """One point of the held-out curve; the averaged weights as ``best/`` and ``best_quality/`` if they are."""
         row, losses = held_out.evaluate(self.trainer, self.curve)
         probes = [each for each in self.probes if not each.every or row.step % each.every == 0 or last]
@@ -578,32 +575,13 @@ class _Run:
         self.reported = time.monotonic()
 
     def _preview(self) -> None:
-        """What ``undiffuse sample`` would write for the average as it is now, by the very same path."""
-        pipeline, number = self.trainer.pipeline(), self.recipe.training.previews
-        suffix = suffixes(pipeline.spec)[0]
-        target = self.out / "samples" / f"preview-{self.trainer.step:06d}{suffix}"
-        options: dict[str, Any] = {} if number == 64 else {"number": number}
-        # The first captions, so that a row can be read across the previews of a run.
-        prompts = self.whole.captions(range(min(8, len(self.whole)))) if pipeline.takes_prompts else None
-        if prompts:
-            options["prompt"] = prompts
+        """What people look at while it learns."""
+        folder, path = self.out / "samples", None
         with _tolerant(f"no preview at update {self.trainer.step}"):
-            target.parent.mkdir(exist_ok=True)
-            write_samples(
-                target,
-                pipeline,
-                number,
-                PREVIEW_SEED,
-                None,
-                pipeline.sampling,
-                BATCH,
-                None,
-                str(self.out),
-                options,
-                prompts=prompts,
-            )
-            if self.tracker is not None and suffix == ".png":
-                self.tracker.picture(self.trainer.step, target)
+            folder.mkdir(exist_ok=True)
+            path = self.trainer.task.preview(self.trainer, self.whole, folder, str(self.out))
+        if path is not None and self.tracker is not None and path.suffix == ".png":
+            self.tracker.picture(self.trainer.step, path)
 
     def _save(self) -> None:
         """Begin to write a checkpoint, and the averaged weights as ``model/``: copied now, written by a thread while
@@ -621,7 +599,7 @@ class _Run:
         written = self.writer.submit(self._write, trainer.snapshot().copy(), trainer.pipeline(), run)
         self.writing = trainer.step, written
 
-    def _write(self, snapshot: Snapshot, pipeline: Pipeline, run: Mapping[str, Any]) -> None:
+    def _write(self, snapshot: Snapshot, pipeline: Product, run: Mapping[str, Any]) -> None:
         """In the writer's thread."""
         self.metrics.flush()
         self.evaluations.flush()
@@ -659,8 +637,7 @@ class _Run:
     def _export_if_older(self) -> None:
         """A crash between the last checkpoint and the export of its model leaves an older model, or none."""
         try:
-            info = load_json(self.out / "model" / "pipeline.json")["info"]
-            fresh = info["step"] == self.trainer.step
+            fresh = self.trainer.task.exported(self.out / "model") == self.trainer.step
         except (UndiffuseError, KeyError, TypeError):
             fresh = False
         if not fresh:
@@ -738,7 +715,7 @@ class _Run:
 def header(trainer: Trainer, out: Path, data: str, held_out: str) -> list[str]:
     """Five lines, folded at 80 columns: run, data and model, what is held out, objective, optimiser."""
     recipe, dataset, plan = trainer.recipe, trainer.dataset, trainer.plan
-    model, objective, optimiser, training = recipe.model, recipe.objective, recipe.optimiser, recipe.training
+    optimiser, training = recipe.optimiser, recipe.training
     if plan.images is None and training.until_converged:
         length = f"until the held-out loss has converged, at most {training.images:,} images"
     elif plan.images is None:
@@ -751,34 +728,18 @@ def header(trainer: Trainer, out: Path, data: str, held_out: str) -> list[str]:
     processes = f"{trainer.team.size} processes, " if trainer.team.size > 1 else ""
     processes += "state divided among them, " if trainer.divided else ""
     compiled = ", compiled" if training.compile == "always" else ""
-    dropped = f", {objective.condition_dropout:.0%} of conditions dropped" if trainer.config.conditions else ""
-    extras = (f", Huber {objective.huber:g}" if objective.huber else "") + (
-        f", offset noise {objective.offset_noise:g}" if objective.offset_noise else ""
-    )
-    own = " with " + ", ".join(f"{name} {value}" for name, value in model.network.items()) if model.network else ""
     ramp = "" if recipe.ema.ramp is None else f" (at most {recipe.ema.ramp:.0%} of the images seen)"
-    visited = recipe.sampling.grid.times(model.schedule, recipe.sampling.steps)
-    trained = overlap(objective.times, model.schedule, visited)
+    what, objective = trainer.task.describe(trainer, data)
     lines = [
         f"run        {out}: {length} in batches of {training.batch_size}{parts}, recipe {recipe.name}, seed "
         f"{trainer.seed}, {processes}{trainer.device}{threads}, {training.precision}{compiled}",
-        f"data       {data}: {dataset.describe()}; {trainer.config.network} {model.size}{own}, "
-        f"{recipe.cost(dataset.spec)}{f'; augmented: {recipe.augment}' if recipe.augment else ''}",
+        what,
         f"held out   {held_out}",
-        f"objective  {kind_of(model.prediction)} prediction, {kind_of(model.schedule)} schedule with "
-        f"{terminal_snr_report(model.schedule)}; {kind_of(objective.times)} times, {kind_of(objective.weight)} weight"
-        f"{dropped}{extras}; covers {trained:.0%} of the levels of sampling",
+        objective,
         f"optimiser  {TITLES[optimiser.kind]}, learning rate {optimiser.lr:g}, warm-up {optimiser.warmup:,} images, "
         f"{optimiser.decay} decay, gradient norm at most {optimiser.clip:g}; EMA half-life "
         f"{recipe.ema.half_life:,} images{ramp}",
     ]
-    if trained < 0.5:
-        warnings.warn(
-            f"training draws cover only {trained:.0%} of the noise levels that sampling visits, so some are hardly "
-            "trained: choose objective.times and sampling.grid that agree",
-            UndiffuseWarning,
-            stacklevel=2,
-        )
     return [textwrap.fill(line, 80, subsequent_indent=" " * 11, break_on_hyphens=False) for line in lines]
 
 

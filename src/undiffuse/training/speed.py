@@ -127,10 +127,9 @@ def choose(
     """
     training, place = recipe.training, torch.device(device)
     updates = training.images / training.batch_size
-    if updates < LEAST_UPDATES if minutes is None else 60 * minutes < least_seconds:
+    if recipe.codec is not None or (updates < LEAST_UPDATES if minutes is None else 60 * minutes < least_seconds):
         return plain(recipe), ""
-    with torch.device("meta"):
-        model = recipe.config(dataset.spec).modules()
+    model = recipe.modules(dataset.spec)
     if training.compile == "auto" and (not may_compile(place) or divides(training.shard, model, team, place)):
         training = replace(training, compile="never")  # FSDP2's own hooks are not compiled here
         recipe = replace(recipe, training=training)

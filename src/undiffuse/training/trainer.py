@@ -13,9 +13,9 @@ import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar, final
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast, final
 
 import numpy as np
 import torch
@@ -27,13 +27,13 @@ from ..distributed import ALONE, Team
 from ..errors import UndiffuseError
 from ..networks import constrain
 from ..objectives import offset_noise
-from ..pipeline import Pipeline
 from ..weights import check_fits, shapes
 from .draws import batch_indices, draw, lent
 from .ema import EMA
 from .engine import check_divisible, divide, divides, exchange, whole
 from .muon import make_optimiser, moments
 from .recipe import Plan, Recipe, share
+from .tasks import task_of
 
 
 class Diverged(UndiffuseError):
@@ -102,14 +102,14 @@ def together(method: Callable[Concatenate[Trainer, P], R]) -> Callable[Concatena
 
 @final
 class Trainer:
-    """Trains one denoiser.
+    """Trains one denoiser, or what else the recipe learns (:mod:`.tasks`).
 
     Args:
         dataset, recipe: what and how.
         seed: of the weights, the order of the data, times, noise and dropped conditions.
         device: where.
         plan: the length of the run, if not the recipe's.
-        denoiser: trained instead of the one that the recipe describes.
+        denoiser: the module that is trained, instead of the one that the recipe describes.
         team: the processes that train together (:func:`undiffuse.distributed.joined`); each makes the same calls of the
             methods marked ``together``.
 
@@ -147,10 +147,10 @@ class Trainer:
         self.team = team
         self.announce: Callable[[str], AbstractContextManager[None]] = lambda method: nullcontext()
         self.plan = plan or Plan(recipe.training.images)
-        self.config = recipe.config(dataset.spec)
+        self.task = task_of(dataset, recipe)
         if denoiser is None:
             with lent(seed, "weights", 0):
-                denoiser = self.config.build()
+                denoiser = cast(Denoiser, self.task.build())
         self.divided = divides(recipe.training.shard, denoiser, team, self.device)
         if self.divided and recipe.training.compile == "always":
             raise UndiffuseError("training.compile=always with a state divided among processes: say never")
@@ -165,7 +165,8 @@ class Trainer:
             divide(self.ema.denoiser, self.device, team)
             self.ema.attach(self.denoiser)
         else:
-            self.engine = exchange(self.denoiser, team, recipe.training.compile == "always")
+            compiled = recipe.training.compile == "always"
+            self.engine = exchange(self.denoiser, team, compiled, self.task.loss)
         self.parameters = dict(self.denoiser.named_parameters())
         self.half = recipe.training.precision == "bf16"
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in denoiser.modules())
@@ -209,10 +210,10 @@ class Trainer:
         On accelerators that is found at the next call of :meth:`check`, so that no update waits for the device; until
         then the optimiser does nothing. (A run that may skip does wait, since the next update depends on it.)
         """
-        objective, training = self.recipe.objective, self.recipe.training
+        training = self.recipe.training
         size = training.batch_size
         x0, given = self._batch()
-        t, eps, cond = self.noised(self.step, given)
+        drawn = self.task.drawn(self, given)
         lr = self.recipe.optimiser.rate(self.images, self.images + size, self.plan)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
@@ -225,14 +226,8 @@ class Trainer:
                 last = part == training.accumulation - 1
                 with nullcontext() if last else self.engine.quiet():
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-                        each = self.engine.loss(
-                            x0[rows],
-                            t[rows],
-                            eps[rows],
-                            objective.weight,
-                            huber=objective.huber,
-                            **{name: values[rows] for name, values in cond.items()},
-                        )
+                        values, options = drawn.part(rows)
+                        each = self.engine.loss(x0[rows], *values, **options)
                     portion = each.sum() / size
                     (portion * self.team.size).backward()  # the exchange takes the mean over processes
                     total += portion.detach()
@@ -254,13 +249,14 @@ class Trainer:
         self.step += 1
         if not skipped:
             self.skipped_in_row = 0
+            self.task.after(self)
             self.ema.update(self.recipe.ema.decay(self.images, size))
             self.loss_sum += total
             self.loss_count += 1
             if self.step - self.skipped == 1:
                 whole_denoiser = self._gathered(self.denoiser)
                 with self.team.agree():
-                    check_inputs_matter(whole_denoiser, x0, given)
+                    self.task.examine(self, whole_denoiser, x0, given)
         return Update(self.step, self.images, total, norm, lr, skipped)
 
     def noised(
@@ -316,20 +312,13 @@ class Trainer:
         return self._gathered(self.denoiser)
 
     @together
-    def pipeline(self, info: dict[str, Any] | None = None) -> Pipeline:
-        """What has been learned, ready to sample: the averaged weights. It shares them; training moves them on."""
+    def pipeline(self, info: dict[str, Any] | None = None) -> Any:
+        """What has been learned, ready to use: the averaged weights, as a :class:`.Pipeline` (or a codec, where that is
+        learned). It shares them; training moves them on."""
         seen = {"images": self.images, "step": self.step, "seed": self.seed, "data": self.dataset.name}
         ema = {"ema_half_life": self.recipe.ema.half_life, "ema_ramp": self.recipe.ema.ramp}
-        sampling = self.recipe.sampling
-        if not (self.denoiser.conditions and self.denoiser.conditions.asked):
-            sampling = replace(sampling, guidance_scale=1.0)  # nothing to guide to
-        return Pipeline(
-            self._gathered(self.ema.denoiser),
-            self.config,
-            self.dataset.spec,
-            sampling,
-            {**seen, **ema, "recipe": self.recipe.name, **(info or {})},
-        )
+        said = {**seen, **ema, "recipe": self.recipe.name, **(info or {})}
+        return self.task.product(self, self._gathered(self.ema.denoiser), said)
 
     # --- the state ----------------------------------------------------------------------------------------------------
 
@@ -429,11 +418,8 @@ class Trainer:
         mine = share(size, team.rank, team.size)
         indices = batch_indices(self.seed, step, size, len(self.dataset))[mine]
         epochs = np.arange(step * size, (step + 1) * size)[mine] // len(self.dataset)
-        x0, cond = self.dataset.batch(indices)
-        x0, told = self.recipe.augment(x0, self.seed, epochs, indices)
-        if told is not None:
-            cond["augmentation"] = told
-        conditions = self.denoiser.conditions
+        x0, cond = self.dataset.augmented(self.recipe.augment, self.seed, epochs, indices)
+        conditions = self.denoiser.conditions if self.recipe.codec is None else None
         if conditions is None:
             return x0, {}
         cond = conditions.values(cond, self.dataset.captions(indices))

@@ -1,0 +1,266 @@
+"""A run that learns a codec is a run like every other, and a run in its latents makes data."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from undiffuse.codecs import Codec
+from undiffuse.config import override
+from undiffuse.data import from_array
+from undiffuse.data.base import Dataset
+from undiffuse.data.latents import Latents
+from undiffuse.errors import UndiffuseError
+from undiffuse.pipeline import REGISTRIES, Pipeline
+from undiffuse.training import make_recipe, run_training
+from undiffuse.training.autoencoding import Autoencoding, Learner, perplexity
+from undiffuse.training.perceptual import LPIPS, VGG
+from undiffuse.training.recipe import Recipe
+from undiffuse.training.run import Progress
+from undiffuse.training.trainer import Trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::undiffuse.errors.UndiffuseWarning")
+
+
+def data(count: int = 200) -> Dataset:
+    """Bright squares on dark ground, by their place in two classes."""
+    pixels = np.full((count, 8, 8, 1), 20, np.uint8)
+    for i, (y, x) in enumerate(np.random.default_rng(0).integers(0, 5, (count, 2))):
+        pixels[i, y : y + 3, x : x + 3] = 255
+    return from_array(pixels, labels=np.arange(count) % 2)
+
+
+def recipe(*settings: str, steps: int = 12, name: str = "autoencoder") -> Recipe:
+    spec = data().spec
+    chosen = make_recipe(name, spec, 200, "tiny")
+    every = [f"training.{each}_every=6" for each in ("preview", "checkpoint", "evaluate")]
+    common = [f"training.images={16 * steps}", "training.batch_size=16", "training.log_every=2", "training.previews=16"]
+    return override(chosen, [*common, *every, *settings], REGISTRIES)
+
+
+def rows(path: Path, *without: str) -> list[dict]:
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_second", *without)}
+        for line in path.read_text().splitlines()
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "ae"
+    run_training(data(), recipe("optimiser.lr=0.01", "codec.channels=2", steps=150), out, device="cpu")
+    return out
+
+
+def test_the_run_folder_is_that_of_every_run_and_its_model_a_codec(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.json", "log.txt", "metrics.jsonl", "status.json", "held_out.jsonl", "report.html", "best"}
+    assert {path.name for path in (run / "model").iterdir()} == {"codec.safetensors"}
+    assert (run / "samples" / "preview-000006.png").is_file()
+    last = rows(run / "held_out.jsonl")[-1]
+    assert last["ema"] < 0.5 * rows(run / "held_out.jsonl")[0]["ema"]
+    assert last["probes"]["reconstruction"]["PSNR, dB"] > 15
+    assert "no perceptual term, no discriminator" in (run / "log.txt").read_text()
+    codec = Codec.load(run)
+    assert codec.info["step"] == 150
+    assert codec.spec == data().spec
+
+
+def test_trap_D5_the_latents_of_a_trained_codec_have_mean_0_and_deviation_1(run: Path) -> None:
+    codec, found = Codec.load(run), data()
+    assert codec.measured == {"data": found.name, "items": 180}
+    from undiffuse.training.held_out import divide
+
+    train, held_out = divide(found, recipe().training)
+    assert held_out is not None
+    for part, close in ((train, 1e-4), (held_out, 0.4)):
+        each = codec.encode(part.batch(range(len(part)))[0]).transpose(0, 1).flatten(1)
+        assert each.mean(1).abs().max() < close
+        assert (each.std(1, unbiased=False) - 1).abs().max() < close
+    x, _ = held_out.batch(range(len(held_out)))
+    assert float((codec.decode(codec.encode(x)) - x).square().mean()) < 0.15 * float(x.var())
+
+
+@pytest.mark.parametrize("settings", [(), ("codec.codebook=16", "codec.revive=2"), ("codec.adversarial=0.1",)])
+def test_a_run_that_was_stopped_goes_on_to_the_last_bit(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 7:
+            raise Stop
+
+    chosen = recipe("training.checkpoint_every=3", *settings)
+    run_training(data(), chosen, tmp_path / "whole", device="cpu")
+    with pytest.raises(Stop):
+        run_training(data(), chosen, tmp_path / "parts", device="cpu", progress=stop)
+    resumed = run_training(data(), chosen, tmp_path / "parts", device="cpu")
+    assert resumed.resumed_from == 6
+    for name in ("weights", "ema", "optimiser"):
+        file = f"checkpoints/step-00000012/{name}.safetensors"
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+    assert Codec.load(tmp_path / "whole").hash == Codec.load(tmp_path / "parts").hash
+    assert rows(tmp_path / "whole" / "metrics.jsonl") == rows(tmp_path / "parts" / "metrics.jsonl")
+    assert run_training(data(), chosen, tmp_path / "parts", device="cpu").state == "finished"
+
+
+def trainer(*settings: str, steps: int = 12) -> Trainer:
+    return Trainer(data(), recipe(*settings, steps=steps))
+
+
+def test_a_dead_vector_moves_to_a_latent_that_is_far_from_all() -> None:
+    made = trainer("codec.codebook=8", "codec.revive=4", "optimiser.lr=1e-9", steps=40)
+    learner = cast(Learner, made.denoiser)
+    book = learner.codec.codebook
+    assert book is not None
+    with torch.no_grad():
+        book[1:] = 1e3 + torch.randn(7, len(learner.codec.mean))  # only vector 0 is near to anything
+    for _ in islice(made.updates(), 3):
+        pass
+    assert learner.used[1:].sum() == 0
+    before = book.detach().clone()
+    made.update()
+    assert torch.equal(book[0], before[0])
+    assert learner.latest is not None
+    latents = learner.latest.movedim(1, -1).flatten(0, -2)
+    distances = (latents - before[0]).square().sum(1)
+    moved = (book[1:] - before[0]).square().sum(1).sort(descending=True).values
+    assert torch.allclose(moved, distances.topk(7).values, rtol=1e-4)
+    assert learner.used.sum() == 0
+    assert made.optimiser.state[book]["exp_avg"][1:].abs().sum() == 0
+
+
+def test_perplexity_counts_the_vectors_in_use() -> None:
+    assert perplexity(torch.tensor([0, 1, 2, 3]), {"codebook": 9}) == pytest.approx(4)
+    assert perplexity(torch.tensor([5, 5, 5]), {"codebook": 9}) == pytest.approx(1)
+
+
+def test_the_losses_of_a_codebook_draw_vectors_and_latents_to_each_other() -> None:
+    made = trainer("codec.codebook=8", "codec.commitment=0.5")
+    learner, task = cast(Learner, made.denoiser), cast(Autoencoding, made.task)
+    x, _ = data().batch(range(4))
+    _, cost = task.made(learner, x, None)
+    mean, _ = learner.codec.posterior(x)
+    vectors = learner.codec.look_up(learner.codec.nearest(mean))
+    apart = (mean - vectors).square().flatten(1).mean(1)
+    assert torch.allclose(cost, 1.5 * apart, rtol=1e-5)
+    (gradient,) = torch.autograd.grad(cost.sum(), learner.codec.codebook)
+    assert gradient.abs().sum() > 0
+
+
+def test_the_divergence_is_that_of_the_normal_distributions() -> None:
+    made = trainer("codec.kl=1")
+    learner, task = cast(Learner, made.denoiser), cast(Autoencoding, made.task)
+    x, _ = data().batch(range(4))
+    _, cost = task.made(learner, x, None)
+    mean, std = learner.codec.posterior(x)
+    assert std is not None
+    exact = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, std), torch.distributions.Normal(0.0, 1.0)
+    )
+    assert torch.allclose(cost, exact.flatten(1).sum(1) / x[0].numel(), rtol=1e-4)
+
+
+def test_the_discriminator_learns_what_is_real_and_the_codec_to_deceive_it() -> None:
+    made = trainer("codec.adversarial=1", "codec.adversarial_from=0", steps=30)
+    learner = cast(Learner, made.denoiser)
+    assert learner.critic is not None
+    x, y = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8, requires_grad=True)
+    z = y * learner.codec.last.sum()  # the last layer is on the way
+    each = z.square().flatten(1).mean(1) + z.flatten(1).mean(1)
+    loss = Autoencoding.judged(learner.critic, x, z, each, learner.codec.last).sum()
+    to_data, *to_critic = torch.autograd.grad(loss, [y, *learner.critic.parameters()], retain_graph=True)
+    hinge = (F.relu(1 - learner.critic(x)) + F.relu(1 + learner.critic(z.detach()))).flatten(1).mean(1).sum() / 2
+    own = torch.autograd.grad(hinge, list(learner.critic.parameters()))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(to_critic, own, strict=True))  # deceiving moves it not
+    assert to_data.abs().sum() > 0
+    assert all(bool(update.loss.isfinite()) for update in made.updates())
+
+
+def test_the_discriminator_waits_for_its_share_of_the_run() -> None:
+    made = trainer("codec.adversarial=1", "codec.adversarial_from=0.5", steps=4)
+    judged = []
+    while not made.finished:
+        options = made.task.drawn(made, {}).options or {}
+        judged.append(options["judged"])
+        made.update()
+    assert judged == [False, False, True, True]
+
+
+def test_lpips_is_the_weighted_distance_of_unit_features(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights: dict[str, Tensor] = {}
+    inputs = 3
+    for i, (places, width) in enumerate(zip(VGG, (4, 5, 6, 7, 8), strict=True)):
+        for place in places:
+            weights[f"net.slice{i + 1}.{place}.weight"] = torch.randn(width, inputs, 3, 3) * 0.3
+            weights[f"net.slice{i + 1}.{place}.bias"] = torch.randn(width) * 0.1
+            inputs = width
+        weights[f"lin{i}.model.1.weight"] = torch.rand(1, width, 1, 1)
+    distance = LPIPS(weights, "weights")
+    x, y = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.equal(distance(x, x), torch.zeros(2))
+    assert bool((distance(x, y) > 0).all())
+    assert torch.allclose(distance(x, y), distance(y, x))
+    a, b = distance.maps(x)[0], distance.maps(y)[0]
+    apart = (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square()
+    first = LPIPS({**weights, **{f"lin{i}.model.1.weight": torch.zeros(1, 1, 1, 1) for i in range(1, 5)}}, "weights")
+    expected = (apart * weights["lin0.model.1.weight"]).sum(1).mean((1, 2))
+    assert torch.allclose(first(x, y), expected, rtol=1e-4)
+    del weights["lin3.model.1.weight"]
+    with pytest.raises(UndiffuseError, match="not LPIPS's weights with VGG"):
+        LPIPS(weights, "weights")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("codec.factor=3", "power of two"),
+        ("codec.factor=16", "multiples of 16"),
+        ("codec.kl=-1", "at least 0"),
+        ("augment.geometric=0.5", "takes no condition"),
+        ("training.quality_every=5", "makes none"),
+        ("model.network.depth=3", "unknown option of the autoencoder"),
+    ],
+)
+def test_what_a_codec_cannot_be_is_refused(setting: str, message: str) -> None:
+    with pytest.raises(UndiffuseError, match=message):
+        recipe(setting).check(data().spec)
+
+
+@pytest.mark.parametrize("features", ["vgg", "none.safetensors"])
+def test_features_that_are_not_there_are_refused(features: str) -> None:
+    with pytest.raises(UndiffuseError):
+        trainer("codec.perceptual=1", f"codec.features={features}")
+
+
+# --- a run in its latents ---------------------------------------------------------------------------------------------
+
+
+def test_a_model_learned_in_latents_samples_data(run: Path, tmp_path: Path) -> None:
+    latents = Latents(data(), Codec.load(run), cache=tmp_path / "cache")
+    chosen = make_recipe("tiny", latents.spec, len(latents))
+    result = run_training(latents, chosen, tmp_path / "run", device="cpu")
+    model = Pipeline.load(result.path)
+    assert model.shape == (2, 4, 4)
+    assert model.codec is not None
+    samples = model.sample(3)
+    assert samples.shape == (3, 8, 8, 1)
+    assert samples.dtype == np.uint8
+    assert (result.path / "samples" / "preview-000010.png").is_file()
+    assert "as latents 2x4x4 of the autoencoder codec" in " ".join((result.path / "log.txt").read_text().split())
+    other = Codec.load(run)
+    other.settle(other.mean, 2 * other.std, {"data": "other"})
+    others = Latents(data(), other, cache=tmp_path / "cache")
+    with pytest.raises(UndiffuseError, match="its data have changed"):
+        run_training(others, chosen, result.path, device="cpu")
+    with pytest.raises(UndiffuseError, match="without --codec"):
+        run_training(latents, recipe(), tmp_path / "ae2", device="cpu")
