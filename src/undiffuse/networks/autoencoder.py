@@ -128,7 +128,7 @@ class Autoencoder(Codec):
         out = latent_channels * (1 if codebook else 2)
         self.encoder = nn.Sequential(*down, PositionNorm(widths[-1]), nn.SiLU(), convolution(rank, widths[-1], out, 3))
         self.decoder = nn.Sequential(*up, PositionNorm(widths[0]), nn.SiLU(), convolution(rank, widths[0], folded, 3))
-        self.codebook = nn.Parameter(torch.randn(codebook, latent_channels)) if codebook else None
+        self.codebook = nn.Parameter(nn.init.normal_(torch.empty(codebook, latent_channels))) if codebook else None
 
     @property
     def last(self) -> Tensor:
