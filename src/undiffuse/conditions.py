@@ -54,9 +54,12 @@ class Condition(nn.Module, ABC):
     ``channels``   how many channels it lays beside x
     ``asked``   whether it is asked for, and so dropped in training and guided to. What was done to the data is not: it
         is always told in training, and null in sampling.
+    ``told``   whether it is told rather than asked for: it says of the sample what holds on both sides of guidance (its
+    size, what of it is known), and where nobody says anything it is :meth:`usual`, not null
     """
 
     asked = True
+    told = False
     token_width = 0
     channels = 0
 
@@ -72,6 +75,10 @@ class Condition(nn.Module, ABC):
     @abstractmethod
     def null(self, batch: int) -> Tensor:
         """``batch`` raw null values."""
+
+    def usual(self, batch: int) -> Tensor:
+        """``batch`` raw values of what is sampled where nobody says anything: the null ones, as a rule."""
+        return self.null(batch)
 
     @abstractmethod
     def embed(self, values: Tensor) -> Embedded:
@@ -532,6 +539,11 @@ class Conditions(nn.Module):
         return tuple(name for name in self.names if self.part(name).asked)
 
     @property
+    def told(self) -> tuple[str, ...]:
+        """The names of those that are told."""
+        return tuple(name for name in self.names if self.part(name).told)
+
+    @property
     def written(self) -> dict[str, Written]:
         """Those that are texts."""
         return {name: part for name in self.names if isinstance(part := self.part(name), Written)}
@@ -587,8 +599,8 @@ class Conditions(nn.Module):
     def read(self, name: str, rows: Tensor | Sequence[Any]) -> Tensor:
         """Raw values ``[R, ...]`` of one condition, checked, from what people write: R numbers or lists of numbers, of
         a :class:`Written` one texts; None, or None for one number of several, asks for nothing in particular."""
-        if name not in self.asked:
-            raise unknown("condition", name, self.asked)
+        if name not in (known := (*self.asked, *self.told)):
+            raise unknown("condition", name, known)
         part = self.part(name)
         if len(rows) == 0:
             raise UndiffuseError(f"condition {name}: no row given; name one, or leave it out")
@@ -657,6 +669,10 @@ class Conditions(nn.Module):
     def null(self, batch: int) -> dict[str, Tensor]:
         """Raw values that ask for nothing in particular."""
         return {name: self.part(name).null(batch) for name in self.names}
+
+    def usual(self, batch: int) -> dict[str, Tensor]:
+        """Raw values of what is sampled where nobody says anything."""
+        return {name: self.part(name).usual(batch) for name in self.names}
 
     def drop(self, values: Mapping[str, Tensor], u: Tensor, rate: float) -> dict[str, Tensor]:
         """``values`` with the samples whose uniform number ``u`` (``[B]``, drawn by the caller) is below ``rate`` set

@@ -215,26 +215,52 @@ class Trailing(Grid):
 @dataclass(frozen=True)
 class Leading(Grid):
     """Labels ``i * (T // steps) + offset``: the spacing of DDIM's code. It does not start at t = 1 (trap S4), so the
-    first noise is drawn at the deviation of the level where it does start."""
+    first noise is drawn at the deviation of the level where it does start.
+
+    ``counts_end``: as DPM-Solver's code has it, which counts the end point too and leaves it out: ``i * (T // (steps +
+    1)) + offset`` for i from ``steps`` to 1.
+    """
 
     total: int = 1000
     offset: int = 0
+    counts_end: bool = False
 
     def nodes(self, schedule: Schedule, steps: int) -> Tensor:
-        total = _table_steps(schedule, steps, self.total)
-        labels = torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (total // steps) + self.offset
-        return ((labels + 1) / total).clamp(max=1.0)
+        points = steps + self.counts_end
+        total = _table_steps(schedule, points, self.total)
+        labels = torch.arange(points - 1, self.counts_end - 1, -1, dtype=torch.float64) * (total // points)
+        return ((labels + self.offset + 1) / total).clamp(max=1.0)
 
 
 @dataclass(frozen=True)
 class Linspace(Grid):
-    """Labels evenly spaced from T - 1 to 0, rounded to whole steps."""
+    """Labels evenly spaced from T - 1 to 0, rounded to ``whole`` steps or not; ``counts_end`` as for :class:`Leading`,
+    label 0 being the point that is left out."""
 
     total: int = 1000
+    whole: bool = True
+    counts_end: bool = False
 
     def nodes(self, schedule: Schedule, steps: int) -> Tensor:
         total = _table_steps(schedule, steps, self.total)
-        return (torch.round((1 - _unit(steps)) * (total - 1)) + 1) / total
+        labels = (1 - _unit(steps + self.counts_end)[:steps]) * (total - 1)
+        return ((torch.round(labels) if self.whole else labels) + 1) / total
+
+
+@dataclass(frozen=True)
+class Distilled(Grid):
+    """Of the ``taught`` levels at which a consistency model was distilled, labels ``i * (T // taught) - 1``, as many as
+    there are steps, as evenly as whole numbers allow (Luo et al. 2023, arXiv:2310.04378, section 4.3)."""
+
+    total: int = 1000
+    taught: int = 50
+
+    def nodes(self, schedule: Schedule, steps: int) -> Tensor:
+        total = _table_steps(schedule, steps, self.total)
+        if steps > self.taught:
+            raise UndiffuseError(f"{steps} steps asked of a model distilled at {self.taught} levels: take fewer")
+        skipped = torch.floor(torch.arange(steps, dtype=torch.float64) * (self.taught / steps))
+        return (self.taught - skipped) * (total // self.taught) / total
 
 
 @dataclass(frozen=True)

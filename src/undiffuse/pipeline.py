@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, Protocol, final
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from .data.spec import DataSpec
 from .denoiser import INPUT_SCALES, LABELS, Denoise, Denoiser, InputScale, Label
 from .editing import below
 from .errors import UndiffuseError, UndiffuseWarning, unknown
-from .grids import GRIDS, Grid, Uniform
+from .grids import GRIDS, Distilled, Grid, Uniform
 from .grids import Times as TimesGrid
 from .guidance import Scale, cfg, interval, remember, rescale, scale_at, threshold
 from .levels import Estimate, Level
@@ -54,7 +55,7 @@ REGISTRIES: dict[type, Mapping[str, Any]] = {
     InputScale: INPUT_SCALES,
     # A learned solver and an explicit grid are of one model and so many steps: files hold them, nobody asks by name.
     Solver: {**SOLVERS, "learned": Learned()},
-    Grid: {**GRIDS, "times": TimesGrid()},
+    Grid: {**GRIDS, "times": TimesGrid(), "distilled": Distilled()},
     Times: TIMES,
     Weight: WEIGHTS,
 }
@@ -239,6 +240,15 @@ def answer_together(denoiser: Denoiser, questions: Sequence[Question], rows: int
     return [question.answer([next(estimates) for _ in each]) for question, each in zip(questions, parts, strict=True)]
 
 
+class Home(Protocol):
+    """Where a pipeline comes from, if that is another format: how its folder is written, and how it is made for data of
+    another size."""
+
+    def save(self, pipeline: Pipeline, folder: Path) -> None: ...
+
+    def resized(self, pipeline: Pipeline, size: Sequence[int]) -> Pipeline: ...
+
+
 @final
 class Pipeline:
     """A denoiser, the units of its data, and how to sample from it.
@@ -254,6 +264,7 @@ class Pipeline:
         codec: of a model that works in latents; None: the denoiser sees the data themselves.
         shape: of what the denoiser sees, one sample.
         tiling: how large data are decoded; None: whole.
+        home: of one that was read from another format; None: from our own.
 
     All that people give and get (images, samples, previews) is data; :meth:`encode` and :meth:`decode` lie between them
     and the denoiser. A trajectory (:meth:`begin`, :meth:`frames`) is the denoiser's own.
@@ -268,9 +279,11 @@ class Pipeline:
         info: dict[str, Any],
         tuned: tuple[Sampling, ...] = (),
         codec: Codec | None = None,
+        home: Home | None = None,
     ) -> None:
         self.denoiser = denoiser
         self.codec = codec
+        self.home = home
         self.shape = spec.shape
         self.codec_hash: str | None = None
         self.tiling: Tiling | None = None
@@ -364,6 +377,11 @@ class Pipeline:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if self.home is not None:
+            if weights is not None:
+                raise UndiffuseError(f"{folder}: a model read from another format is saved with its own weights only")
+            self.home.save(self, folder)
+            return self.save_settings(folder)
         self._save_codec(folder / "codec")
         meaning = {"undiffuse": json.dumps(self._meaning())}
         write_weights(folder / "model.safetensors", self.denoiser.state_dict() if weights is None else weights, meaning)
@@ -401,13 +419,44 @@ class Pipeline:
             **codec,
         }
 
+    def resized(self, *size: int) -> Pipeline:
+        """The same model, with the same weights, for data of another size (``pipeline.resized(512, 768)``: height,
+        width). Raises where the network or its codec does not allow it."""
+        if self.home is None:
+            raise UndiffuseError(f"this model makes data of {list(self.spec.shape[1:])}, the size it was trained on")
+        return self.home.resized(self, size)
+
     @staticmethod
-    def load(path: str | Path, device: str | torch.device = "cpu") -> Pipeline:
-        """The pipeline in a folder (or in the ``model/`` of a run folder).
+    def load(
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        config: str | Path | None = None,
+        download: bool = False,
+        offload: bool = False,
+    ) -> Pipeline:
+        """The pipeline in a folder (or in the ``model/`` of a run folder), or in a folder of diffusers.
+
+        The options are for diffusers' formats (:mod:`undiffuse.interop.diffusers`):
+
+        Args:
+            dtype: of the weights; float32 unless said otherwise.
+            variant: of the weights' files, such as ``fp16``.
+            config: of a checkpoint in one file (``path``), the folder of diffusers that says what it is.
+            download: fetch ``path``, a name on the Hugging Face Hub, if it is not on this machine.
+            offload: only the part that computes is on the device; everything else waits in main memory.
 
         Raises :class:`UndiffuseError` when a file is missing or damaged, when the two disagree, or when the weights are
         those of another architecture; a model is loaded whole or not at all.
         """
+        if is_foreign(path):
+            from .interop.diffusers.load import load
+
+            return load(path, device, dtype=dtype, variant=variant, config=config, download=download, offload=offload)
+        if dtype or variant or config or download or offload:
+            raise UndiffuseError(f"{path}: dtype, variant, config, download and offload are for diffusers' folders")
         folder = find_pipeline(path)
         weights, described = folder / "model.safetensors", folder / "pipeline.json"
         header = read_header(weights)
@@ -434,21 +483,21 @@ class Pipeline:
             raise UndiffuseError(
                 f"{described}: format {stated['format']}, this version reads {FORMAT}; update undiffuse"
             )
-        config = from_json(ModelConfig, stated["model"], str(described), REGISTRIES)
+        model = from_json(ModelConfig, stated["model"], str(described), REGISTRIES)
         sampling = from_json(Sampling, stated["sampling"], str(described), REGISTRIES)
         tuned = from_json(Tunings, stated["tuned"], f"{described}: tuned", REGISTRIES) if "tuned" in stated else None
         spec = DataSpec.from_json(stated["data"])
         codec = _codec_of(folder, stated.get("codec"), device)
         with torch.device("meta"):
-            wanted = shapes(config.modules().state_dict())
+            wanted = shapes(model.modules().state_dict())
         check_fits(wanted, header.shapes, str(weights))  # before anything of the declared size is allocated
         with torch.random.fork_rng(
             devices=[]
         ):  # the fresh weights are overwritten; leave no trace in the global stream
-            denoiser = config.build()
+            denoiser = model.build()
         load_into(denoiser, read_weights(weights), str(weights))
         denoiser.to(device).eval()
-        pipeline = Pipeline(denoiser, config, spec, sampling, dict(stated.get("info", {})), codec=codec)
+        pipeline = Pipeline(denoiser, model, spec, sampling, dict(stated.get("info", {})), codec=codec)
         if tuned is not None:
             if tuned.weights != pipeline.fingerprint:
                 raise UndiffuseError(
@@ -518,6 +567,7 @@ class Pipeline:
         asks for nothing in particular (the null class). Without prompts, or with an empty one: the null text.
         """
         conditions = self.denoiser.conditions
+        usual = {} if conditions is None else conditions.usual(len(samples))
         asked: dict[str, Tensor] = {}
         for name, given in (cond or {}).items():
             if conditions is None:
@@ -538,12 +588,12 @@ class Pipeline:
         if conditions is None or "classes" not in conditions.names:
             if classes:
                 raise UndiffuseError("classes asked of a model without classes")
-            return {**self.denoiser.null(len(samples)), **asked}
+            return {**usual, **asked}
         if "classes" in asked:
             if classes is not None:
                 raise UndiffuseError("classes are given twice: by themselves and as a condition")
-            return {**self.denoiser.null(len(samples)), **asked}
-        count = int(self.denoiser.null(1)["classes"])
+            return {**usual, **asked}
+        count = int(usual["classes"][0])
         chosen = list(classes) if classes is not None else [None] if asked else list(range(count))
         if not chosen:
             raise UndiffuseError("no class given: name one, or leave classes out for all in turn")
@@ -552,16 +602,19 @@ class Pipeline:
                 raise UndiffuseError(f"class {label} does not exist: this model has 0 to {count - 1}")
         wanted = [chosen[i % len(chosen)] for i in samples]
         labels = torch.tensor([count if label is None else label for label in wanted], device=self.device)
-        return {**self.denoiser.null(len(samples)), **asked, "classes": labels}
+        return {**usual, **asked, "classes": labels}
 
     def against(
         self, samples: int, label: int | None = None, prompt: str | None = None, cond: Rows | None = None
     ) -> dict[str, Tensor]:
         """What guidance leads away from: a class, a prompt, any conditions by name; what is not given is null."""
+        null = self.denoiser.null(samples)
         if label is None and not prompt and not cond:
-            return self.denoiser.null(samples)
+            return null
         classes = None if label is None else [label]
-        return self.conditions(range(samples), classes, [prompt] if prompt else None, cond)
+        asked = self.conditions(range(samples), classes, [prompt] if prompt else None, cond)
+        told = () if self.denoiser.conditions is None else self.denoiser.conditions.told
+        return {**asked, **{name: null[name] for name in told if name not in (cond or {})}}
 
     def settings(self, stated: dict[str, Any] | None = None, **changes: Any) -> Sampling:
         """The default settings (or those ``stated`` in a file's JSON) with some changed by name.
@@ -831,6 +884,21 @@ def _codec_of(folder: Path, stated: Any, device: str | torch.device) -> Codec | 
             f"{file}: codec {codec.hash}, but the model was trained in the latents of {stated['hash']}: restore that"
         )
     return codec
+
+
+def is_foreign(path: str | Path) -> bool:
+    """Whether this is no model of ours, nor meant to be one: a folder of diffusers, a checkpoint in a single file, or a
+    name on the Hugging Face Hub of which there is nothing here."""
+    folder = Path(path)
+    if folder.is_dir():
+        return (folder / "model_index.json").exists()
+    if folder.is_file():
+        return folder.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+    here = (Path("runs") / folder).exists()
+    return not here and HUB_NAME.fullmatch(str(path)) is not None
+
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def find_pipeline(path: str | Path) -> Path:

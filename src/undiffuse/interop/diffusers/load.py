@@ -1,0 +1,214 @@
+"""Reading a folder of diffusers into a :class:`.Pipeline`, and writing it again."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from ...conditions import Condition, Conditions
+from ...config import from_json, load_json, write_bytes_atomic
+from ...data.spec import DataSpec, units_between
+from ...denoiser import Denoiser, terminal_snr_report
+from ...errors import UndiffuseError, UndiffuseWarning, choose, unknown
+from ...pipeline import FORMAT, REGISTRIES, ModelConfig, Pipeline, Sampling, Tunings
+from .families import FAMILIES, LEFT_OUT, Made, Parts, Size
+from .folder import Folder, describe_parts
+from .schedulers import DEFAULTS, Meaning, read_scheduler
+
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    config: str | Path | None = None,
+    download: bool = False,
+    offload: bool = False,
+) -> Pipeline:
+    """The pipeline in a folder of diffusers; the arguments are those of :meth:`.Pipeline.load`."""
+    try:
+        import diffusers
+        import transformers
+    except ImportError:
+        raise UndiffuseError(
+            f"{path}: needs diffusers and transformers, which are missing: pip install 'undiffuse[diffusers]'"
+        ) from None
+    for library in (diffusers, transformers):
+        quiet(library)
+    if dtype not in (None, *TYPES):
+        raise UndiffuseError(f"dtype {dtype} is not one of {', '.join(map(str, TYPES))}")
+    path = Path(path)
+    if path.is_file():
+        raise UndiffuseError(f"{path}: a checkpoint in one file is not read")
+    folder = Folder(path, variant=variant)
+    return assemble(folder, torch.device(device), dtype or torch.float32)
+
+
+def quiet(library: Any) -> None:
+    """Its notices are for its own users; what matters here is raised."""
+    library.utils.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
+
+
+def assemble(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pipeline:
+    """The pipeline of a checked folder."""
+    family = choose(f"kind of pipeline in {folder.path / 'model_index.json'}", folder.family, FAMILIES)
+    parts = Parts(folder, dtype)
+    made = family(parts)
+    known = {*parts.modules, *parts.tokenizers, "scheduler", *LEFT_OUT}
+    if strange := {name: value for name, value in folder.parts.items() if name not in known}:
+        raise UndiffuseError(f"{folder.path}: a {folder.family} has no {describe_parts(strange)}; remove it")
+    described, where = folder.scheduler()
+    name = described.get("_class_name")
+    forced = {key: value for key, value in made.scheduler.items() if key in DEFAULTS.get(str(name), {})}
+    meaning = read_scheduler({**described, **forced}, where)
+    if made.codec is not None and meaning.threshold != "none":
+        raise UndiffuseError(
+            f"{where}: clip_sample or thresholding of latents, which have no range (trap S16): set it to false"
+        )
+    home = DiffusersHome(folder, parts, made, meaning)
+    pipeline = home.pipeline(made.size)
+    for module in (pipeline.denoiser, made.codec):
+        if module is not None:
+            module.to(device).eval().requires_grad_(False)
+    return with_settings(pipeline, folder.path / "pipeline.json")
+
+
+def with_settings(pipeline: Pipeline, path: Path) -> Pipeline:
+    """The pipeline with the settings that :meth:`.Pipeline.save_settings` left beside it, if it did."""
+    if not path.exists():
+        return pipeline
+    stated = load_json(path)
+    meant = pipeline._meaning()
+    known = (*meant, "sampling", "tuned")
+    for name in stated if isinstance(stated, dict) else ():
+        if name not in known:
+            raise unknown(f"key of {path}", name, known)
+    if not isinstance(stated, dict) or "sampling" not in stated or stated.get("format") != FORMAT:
+        raise UndiffuseError(f"{path}: must be an object of format {FORMAT} with sampling; remove it")
+    spec = DataSpec.from_json(stated["data"]) if "data" in stated else pipeline.spec
+    if spec.shape != pipeline.spec.shape:
+        pipeline = pipeline.resized(*spec.shape[1:])
+    for name, value in pipeline._meaning().items():
+        if name != "info" and stated.get(name) != value:
+            raise UndiffuseError(f"{path}: {name} is not that of the folder; remove the file, or restore the folder")
+    pipeline.sampling = from_json(Sampling, stated["sampling"], str(path), REGISTRIES)
+    if "tuned" in stated:
+        tuned = from_json(Tunings, stated["tuned"], f"{path}: tuned", REGISTRIES)
+        if tuned.weights != pipeline.fingerprint:
+            raise UndiffuseError(f'{path}: its tuned settings are of other weights; remove "tuned" and tune again')
+        pipeline.tuned = tuned.settings
+    return pipeline
+
+
+def picture(channels: int, size: Size, classes: tuple[str, ...]) -> DataSpec:
+    """Pictures of 8 bits, grey, RGB or of another number of channels."""
+    shift, scale = units_between(0.0, 255.0)
+    layout = "HW" if channels == 1 else "HWC"
+    return DataSpec("image", (channels, *size), "uint8", 0.0, 255.0, shift, scale, layout, classes)
+
+
+@final
+class DiffusersHome:
+    """Where a pipeline comes from: the parts of a folder, and its small files as they were."""
+
+    def __init__(self, folder: Folder, parts: Parts, made: Made, meaning: Meaning) -> None:
+        self.made, self.meaning, self.modules = made, meaning, parts.modules
+        self.family = folder.family
+        kept = {*parts.modules, *parts.tokenizers, "scheduler"}
+        index: dict[str, Any] = {key: value for key, value in folder.index.items() if key.startswith("_")}
+        index |= {name: list(value) if name in kept else [None, None] for name, value in folder.parts.items()}
+        index |= folder.options
+        self.index = {key: index[key] for key in folder.index if key in index}
+        self.left_out = sorted(set(folder.parts) - kept)
+        self.files: dict[str, bytes] = {}
+        for part in sorted(parts.modules):
+            self.files[f"{part}/config.json"] = folder.inside(part, "config.json").read_bytes()
+        self.files["scheduler/scheduler_config.json"] = folder.inside("scheduler", "scheduler_config.json").read_bytes()
+        for part in sorted(parts.tokenizers):
+            for path in folder.files(part):
+                self.files[f"{part}/{path.name}"] = path.read_bytes()
+
+    def pipeline(self, size: Size) -> Pipeline:
+        """The pipeline for pictures of this size; all of them share their weights."""
+        made, meaning = self.made, self.meaning
+        height, width = size
+        factor = made.network.patch * (1 if made.codec is None else made.codec.factor)
+        if min(size) < 1 or height % factor or width % factor:
+            raise UndiffuseError(f"pictures of {height} x {width}: both must be multiples of {factor}")
+        if made.network.fixed and size != made.size:
+            raise UndiffuseError(f"this network makes pictures of {made.size[0]} x {made.size[1]} only")
+        conditions: dict[str, Condition] = {} if made.texts is None else {"prompt": made.texts}
+        conditions |= made.told(size)
+        channels = made.network.in_channels if made.codec is None else int(made.codec.config["in_channels"])
+        beside = sum(part.channels for part in conditions.values())
+        latents = made.network.in_channels if made.codec is None else len(made.codec.mean)
+        if made.network.in_channels != latents + beside:
+            raise UndiffuseError(f"a network of {made.network.in_channels} channels in latents of {latents}")
+        if made.network.out_channels not in (latents, 2 * latents):
+            raise UndiffuseError(f"a network that says {made.network.out_channels} channels of {latents}")
+        learned = made.network.out_channels == 2 * latents
+        if meaning.learned_variance and not learned:
+            raise UndiffuseError("the scheduler wants a learned variance (learned_range), the network has none")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UndiffuseWarning)  # of the signal left at t = 1, too late to change (S7)
+            denoiser = Denoiser(
+                made.network,
+                meaning.schedule,
+                meaning.prediction,
+                meaning.label,
+                meaning.input_scale,
+                Conditions(conditions) if conditions else None,
+                learned,
+            )
+        config = ModelConfig(
+            network=type(made.network.inner).__name__,
+            network_config={key: value for key, value in made.network.options.items() if not key.startswith("_")},
+            schedule=meaning.schedule,
+            prediction=meaning.prediction,
+            label=meaning.label,
+            input_scale=meaning.input_scale,
+            conditions={name: {"kind": "diffusers", **part.config} for name, part in conditions.items()},
+            learned_variance=learned,
+        )
+        tokens = (height // factor) * (width // factor)
+        info = {"from": self.family, "left out": self.left_out, "end": terminal_snr_report(meaning.schedule)}
+        return Pipeline(
+            denoiser.eval(),
+            config,
+            picture(channels, size, made.classes),
+            meaning.sampling(made.steps, made.guidance_scale, tokens),
+            info,
+            codec=made.codec,
+            home=self,
+        )
+
+    def resized(self, pipeline: Pipeline, size: Sequence[int]) -> Pipeline:
+        """See :meth:`.Pipeline.resized`."""
+        if len(size) != 2:
+            raise UndiffuseError(f"a picture has a height and a width, not {list(size)}")
+        height, width = size
+        other = self.pipeline((height, width))
+        other.sampling = (
+            replace(pipeline.sampling, grid=other.sampling.grid) if self.meaning.shift else pipeline.sampling
+        )
+        other.tuned, other.tiling = pipeline.tuned, pipeline.tiling
+        return other
+
+    def save(self, pipeline: Pipeline, folder: Path) -> None:
+        """Write diffusers' layout: the libraries write the weights, the small files are as they were."""
+        for part, module in self.modules.items():
+            module.save_pretrained(str(folder / part), safe_serialization=True)  # type: ignore[operator]
+        for name, content in self.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_bytes_atomic(folder / name, content)
+        write_bytes_atomic(folder / "model_index.json", (json.dumps(self.index, indent=2) + "\n").encode())

@@ -1,0 +1,227 @@
+"""Tiny models of diffusers' real classes with random weights, made on the spot: nothing is downloaded."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+VOCABULARY = tuple(
+    "a an and cat dog red green blue circle square on the sea of small big house".split()  # noqa: SIM905
+)
+
+
+def seeded(make: Any, seed: int = 0, **options: Any) -> Any:
+    """A module with random weights that are neither 0 nor 1 anywhere, so that no part can be left out unseen."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = make(**options).eval().requires_grad_(False)
+        for name, parameter in module.named_parameters():
+            if parameter.ndim == 1 or not bool(parameter.any()):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            if "embed" in name and parameter.ndim > 1:
+                parameter.mul_(0.5)
+    return module
+
+
+@cache
+def clip_tokenizer(pad: str = "<|endoftext|>") -> Any:
+    from transformers import CLIPTokenizer
+
+    letters = sorted({letter for word in VOCABULARY for letter in word})
+    pieces = ["!", *letters, *[f"{letter}</w>" for letter in letters]]
+    merges = []
+    for word in VOCABULARY:
+        left = word[0] if len(word) > 1 else f"{word}</w>"
+        for i, letter in enumerate(word[1:], start=1):
+            right = f"{letter}</w>" if i == len(word) - 1 else letter
+            if f"{left} {right}" not in merges:
+                merges.append(f"{left} {right}")
+            left += right
+            if left not in pieces:
+                pieces.append(left)
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={piece: i for i, piece in enumerate(pieces)},
+        merges=[tuple(merge.split()) for merge in merges],  # type: ignore[arg-type]
+        model_max_length=16,
+        pad_token=pad,
+    )
+
+
+@cache
+def t5_tokenizer() -> Any:
+    from transformers import T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    letters = sorted({letter for word in VOCABULARY for letter in word} | {"A", "B"})
+    pieces += [(f"▁{word}", -3.0) for word in VOCABULARY] + [(letter, -5.0) for letter in letters]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=64)
+
+
+def clip(projected: bool = False, width: int = 16, seed: int = 1) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    words = clip_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        projection_dim=width,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=1,
+        hidden_act="quick_gelu",
+    )
+    return seeded(CLIPTextModelWithProjection if projected else CLIPTextModel, seed, config=config)
+
+
+def t5(width: int = 32) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=len(t5_tokenizer()),
+        d_model=width,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_heads=2,
+        is_encoder_decoder=False,
+    )
+    return seeded(T5EncoderModel, 2, config=config)
+
+
+def vae(latents: int = 4, **options: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    return seeded(
+        AutoencoderKL,
+        3,
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=latents,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=32,
+        **options,
+    )
+
+
+def unet(**options: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return seeded(
+        UNet2DConditionModel,
+        4,
+        **{
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "block_out_channels": (8, 16),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "cross_attention_dim": 16,
+            "attention_head_dim": 4,
+            "norm_num_groups": 4,
+            **options,
+        },
+    )
+
+
+def pixels(channels: int = 3, **options: Any) -> Any:
+    from diffusers import UNet2DModel
+
+    return seeded(
+        UNet2DModel,
+        5,
+        **{
+            "sample_size": 8,
+            "in_channels": channels,
+            "out_channels": channels,
+            "block_out_channels": (8, 16),
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "attention_head_dim": 4,
+            "norm_num_groups": 4,
+            **options,
+        },
+    )
+
+
+def scheduler(name: str, **options: Any) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name)(**options)
+
+
+def latent_scheduler(name: str = "DDIMScheduler", **options: Any) -> Any:
+    """As Stable Diffusion's file has it, but for the end: ours always goes to clean data."""
+    if name in ("DDIMScheduler", "PNDMScheduler"):
+        options = {"set_alpha_to_one": True} | options
+    if name == "DDIMScheduler":
+        options = {"clip_sample": False} | options
+    table = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    return scheduler(name, **{**table, "steps_offset": 1, "timestep_spacing": "leading", **options})
+
+
+# --- Pipelines --------------------------------------------------------------------------------------------------------
+
+
+def ddpm(**options: Any) -> Any:
+    from diffusers import DDPMPipeline
+
+    return DDPMPipeline(unet=pixels(), scheduler=scheduler("DDPMScheduler", **options))
+
+
+def ddim(**options: Any) -> Any:
+    from diffusers import DDIMPipeline
+
+    return DDIMPipeline(unet=pixels(), scheduler=scheduler("DDIMScheduler", **options))
+
+
+def sd(kind: str = "StableDiffusionPipeline", schedule: Any = None, **options: Any) -> Any:
+    import diffusers
+
+    return getattr(diffusers, kind)(
+        vae=vae(),
+        text_encoder=clip(),
+        tokenizer=clip_tokenizer(),
+        unet=unet(**options),
+        scheduler=schedule or latent_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl(kind: str = "StableDiffusionXLPipeline", schedule: Any = None, refiner: bool = False, **options: Any) -> Any:
+    import diffusers
+
+    numbers = 5 if refiner else 6
+    first = {} if refiner else {"text_encoder": clip(), "tokenizer": clip_tokenizer()}
+    if refiner:
+        first = {"text_encoder": None, "tokenizer": None, "requires_aesthetics_score": True}
+        first |= {"force_zeros_for_empty_prompt": False}
+    return getattr(diffusers, kind)(
+        vae=vae(),
+        text_encoder_2=clip(projected=True, seed=7),
+        tokenizer_2=clip_tokenizer("!"),
+        unet=unet(
+            cross_attention_dim=16 if refiner else 32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=16 + 8 * numbers,
+            use_linear_projection=True,
+            **options,
+        ),
+        scheduler=schedule or latent_scheduler("EulerDiscreteScheduler"),
+        add_watermarker=False,
+        **first,
+    )
