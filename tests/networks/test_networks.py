@@ -25,6 +25,7 @@ ODD = [[2], [1], [1, 1], [3, 13], [1, 1, 1], [2, 1, 7], [1, 5, 6], [3, 9, 4], [1
 EXAMPLES: dict[str, tuple[list[int], dict[str, Any]]] = {
     "unet": ([2, 6, 5], {"in_channels": 2, "widths": [8, 16], "blocks": [1, 1], "attention": [1], "embedding": 32}),
     "mp_unet": ([2, 6, 5], {"in_channels": 2, "widths": [8, 16], "blocks": [1, 1], "attention": [1], "embedding": 32}),
+    "ddpm_unet": ([2, 6, 5], {"in_channels": 2, "widths": [8, 16], "attention": [1], "head_width": 8, "embedding": 32}),
     "dit": ([2, 6, 5], {"in_channels": 2, "widths": [24], "blocks": [2], "head_width": 8, "embedding": 32}),
     "mlp": ([3], {"in_channels": 3, "width": 16, "blocks": 2, "embedding": 32}),
 }
@@ -57,6 +58,8 @@ def test_every_registry_entry_has_an_example():
 def test_any_size_gives_its_own_shape_and_gradients(shape: list[int], family: str, extra: int):
     if len(shape) == 1 and family != "unet":
         pytest.skip("points have one family")
+    if len(shape) != 3 and family == "ddpm_unet":
+        pytest.skip("for pictures only")
     name, config = sized(shape, "tiny", 4, shape[0] + extra, family if len(shape) > 1 else None)
     network = seeded(name, config)
     y = network(random(2, *shape), torch.tensor([3.0, 700.0]), random(2, 4))
@@ -253,6 +256,19 @@ UNET: dict[str, Any] = {
 FULL: dict[str, dict[str, Any]] = {
     "unet": UNET | {"coordinates": True},
     "mp_unet": UNET,
+    "ddpm_unet": {
+        "in_channels": 2,
+        "out_channels": 5,
+        "widths": [8, 12],
+        "blocks": 2,
+        "attention": [0],
+        "head_width": 4,
+        "embedding": 24,
+        "condition_width": 3,
+        "groups": 4,
+        "dropout": 0.25,
+        "token_width": 5,
+    },
     "dit": {
         "in_channels": 2,
         "out_channels": 5,
@@ -468,6 +484,10 @@ def test_size_dial_grows(shape: list[int], family: str | None):
         with pytest.raises(UndiffuseError, match="choose from mlp"):
             sized(shape, family=family)
         return
+    if len(shape) != 3 and family == "ddpm_unet":
+        with pytest.raises(UndiffuseError, match="for pictures"):
+            sized(shape, family=family)
+        return
     costs = []
     for size in SIZES:
         name, config = sized(shape, size, 3, 2 * shape[0], family)
@@ -485,7 +505,7 @@ def test_size_dial_grows(shape: list[int], family: str | None):
         values = [getattr(cost, key) for cost in costs]
         assert values == sorted(values)
         assert len(set(values)) == len(values)
-    assert costs[0].parameters < (150_000 if len(shape) == 4 else 100_000)
+    assert costs[0].parameters < (150_000 if len(shape) == 4 or family == "ddpm_unet" else 100_000)
 
 
 def test_description_is_that_of_a_real_forward_pass():

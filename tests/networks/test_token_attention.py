@@ -18,6 +18,7 @@ UNET = {"in_channels": 2, "widths": [8, 16], "blocks": [1, 1], "attention": [1],
 TAKERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unet": ("unet", UNET),
     "mp_unet": ("mp_unet", UNET),
+    "ddpm_unet": ("ddpm_unet", {**UNET, "blocks": 1, "head_width": 8}),
     "dit-cross": ("dit", {**DIT, "token_attention": "cross"}),
     "dit-joint": ("dit", {**DIT, "token_attention": "joint"}),
     "dit-joint-hourglass": ("dit", {**DIT, "widths": [12, 24], "blocks": [1, 2], "skips": True}),
@@ -162,7 +163,7 @@ def test_maps_are_shares_of_the_tokens_that_are_there(taker: str) -> None:
         assert len(grid) == 2
         assert (each.weights.movedim(-1, 1)[~MASK] == 0).all()
         assert (each.weights.movedim(-1, 1)[MASK] > 0).all()
-        assert (each.weights.sum(-1) < 1).all()
+        assert (each.weights.sum(-1) < 1 + 1e-6).all()  # what is left looks at nothing, or at other positions
     network(X, LABEL, tokens=TOKENS)
     assert len(maps) == count  # nobody looks on any more
     with pytest.raises(ZeroDivisionError), attention_maps(network):

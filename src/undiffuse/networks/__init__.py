@@ -18,6 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UndiffuseError, choose, unknown
+from .ddpm_unet import DDPMUNet
 from .dit import DIT, DiT, dit
 from .layers import Network
 from .maps import AttentionMap, attention_maps
@@ -33,6 +34,7 @@ __all__ = [
     "SIZES",
     "AttentionMap",
     "Cost",
+    "DDPMUNet",
     "DiT",
     "Network",
     "Size",
@@ -45,7 +47,13 @@ __all__ = [
     "sized",
 ]
 
-NETWORKS: dict[str, type[Network]] = {"unet": UNet, "mp_unet": MPUNet, "dit": DiT, "mlp": MLP}
+NETWORKS: dict[str, type[Network]] = {
+    "unet": UNet,
+    "mp_unet": MPUNet,
+    "ddpm_unet": DDPMUNet,
+    "dit": DiT,
+    "mlp": MLP,
+}
 
 
 def build(name: str, config: Mapping[str, Any]) -> Network:
@@ -142,7 +150,12 @@ def sized(
         if token_width:
             raise UndiffuseError("points take no tokens: condition them on classes or a vector")
         return family, common | mlp_for(choose("model size", size, SIZES))
-    common |= {"rank": len(spatial), "token_width": token_width}
+    common["token_width"] = token_width
+    if family == "ddpm_unet":
+        if len(spatial) != 2:
+            raise UndiffuseError(f"network ddpm_unet is for pictures, not for shape {list(shape)}: choose unet")
+        return family, common | ddpm_unet_for(spatial, choose("model size", size, SIZES))
+    common["rank"] = len(spatial)
     if family != "dit":
         return family, common | unet_for(channels, spatial, choose("model size", size, SIZES))
     sizes = {**{name: dit_for(spatial, dial) for name, dial in SIZES.items()}, **DIT}
@@ -192,6 +205,22 @@ def unet_for(channels: int, spatial: Sequence[int], dial: Size) -> dict[str, Any
         "attention": [levels - 1],
         "head_width": 64,
         "fold": fold,
+    }
+
+
+def ddpm_unet_for(spatial: Sequence[int], dial: Size) -> dict[str, Any]:
+    """Options of a :class:`DDPMUNet` for pictures of this size, at the widths of the dial's U-Net, without folding."""
+    levels = 1
+    while levels < len(dial.widths) or math.prod(math.ceil(n / 2 ** (levels - 1)) for n in spatial) > LOWEST_POSITIONS:
+        levels += 1
+    widths = repeated(dial.widths, levels)
+    return {
+        "embedding": dial.embedding,
+        "widths": widths,
+        "head_width": math.gcd(64, widths[-1]),
+        "blocks": dial.blocks[0],
+        "attention": [levels - 1],
+        "groups": 8,
     }
 
 

@@ -64,6 +64,8 @@ def shares(q: Tensor, k: Tensor, first: int, tokens: int, mask: Tensor | None, g
     q = q[:, :, -math.prod(grid) :].float()
     logits = q @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])
     kept = key_mask(k, first, mask)
-    if kept is not None:
-        logits = logits.masked_fill(~kept, -math.inf)
-    return logits.softmax(-1)[..., first : first + tokens].unflatten(2, tuple(grid))
+    if kept is None:
+        weights = logits.softmax(-1)
+    else:  # where there is no token at all nothing has a share
+        weights = logits.masked_fill(~kept, -math.inf).softmax(-1).masked_fill(~kept, 0)
+    return weights[..., first : first + tokens].unflatten(2, tuple(grid))
