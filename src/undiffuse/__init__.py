@@ -226,6 +226,9 @@ if TYPE_CHECKING:
     from .commands.sample import sample as sample
     from .commands.evaluate import evaluate as evaluate
     from .commands.judge import judge as judge
+    from .commands.export import export as export
+    from .commands.push import push as push
+    from .commands.pull import pull as pull
     from .commands.ls import ls as ls
     from .commands.show import show as show
 

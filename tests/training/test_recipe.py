@@ -67,7 +67,10 @@ def test_the_family_of_networks_is_chosen_by_name() -> None:
     assert from_json(Recipe, json.loads(json.dumps(to_json(made, REGISTRIES))), registries=REGISTRIES) == made
     paper = override(made, ["model.size=DiT-S/8"], REGISTRIES).model.config(spec)
     assert (paper.network_config["widths"], paper.network_config["patch"]) == ([384], 8)
-    for setting, message in (("family=ditt", "did you mean 'dit'"), ("family=mlp", "choose from unet, mp_unet, ddpm_unet, dit")):
+    for setting, message in (
+        ("family=ditt", "did you mean 'dit'"),
+        ("family=mlp", "choose from unet, mp_unet, ddpm_unet, dit"),
+    ):
         with pytest.raises(UndiffuseError, match=message):
             override(made, [f"model.{setting}"], REGISTRIES).check(spec)
 

@@ -41,6 +41,9 @@ VERBS = {
     "judge": "a blind study: which pictures do people prefer?",
     "serve": "serve models over HTTP, many requests in one network call",
     "solvers": "list the solvers, find the best for a model, tune a grid for it",
+    "export": "write a model as another program's folder",
+    "push": "send a model to the Hugging Face Hub",
+    "pull": "fetch a model from there",
     "ls": "list the runs in a folder",
     "show": "describe a run or a saved model",
 }
