@@ -31,7 +31,13 @@ CHAPTERS = {
     "parallel": 8,
     "objectives": 9,
 }
-FREE = {"errors", "config", "tokens", "encoders"}  # everybody may use these; they use nothing but each other
+FREE = {
+    "errors",
+    "config",
+    "tokens",
+    "attention",
+    "encoders",
+}  # everybody may use these; they use nothing but each other
 
 
 def chapter_of(module: str) -> str:

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import attention
 from .encoders import load
 from .errors import UndiffuseError, UndiffuseWarning, choose, unknown
 from .levels import to_device
-from .networks.layers import attention
 from .tokens import BytePairs
 
 Rows = Mapping[str, Tensor | Sequence[Any]]

@@ -184,7 +184,7 @@ def test_diffusers_own_pipeline_makes_pictures(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["ddpm_unet", "unet"])
 def test_what_diffusers_lacks_comes_with_a_pipeline(family: str, tmp_path: Path) -> None:
-    network = {"widths": [8], "blocks": [1], "attention": []} if family == "unet" else {}
+    network: dict[str, Any] = {"widths": [8], "blocks": [1], "attention": []} if family == "unet" else {}
     pipeline = made(classes=3, family=family, **network)
     reason = standard(pipeline)
     assert reason is not None
@@ -200,7 +200,9 @@ def test_what_diffusers_lacks_comes_with_a_pipeline(family: str, tmp_path: Path)
 def test_every_schedule_and_prediction_is_written_or_refused_by_name() -> None:
     for name, schedule in SCHEDULES.items():
         if isinstance(schedule, (Table, ZeroTerminalSNR)):
-            steps = len((schedule.schedule if isinstance(schedule, ZeroTerminalSNR) else schedule).betas())
+            table = schedule.schedule if isinstance(schedule, ZeroTerminalSNR) else schedule
+            assert isinstance(table, Table)
+            steps = len(table.betas())
             pipeline = made(schedule, "v")
             pipeline.config = replace(pipeline.config, label=TimeLabel(steps, -1))
             options = {k: v for k, v in scheduler_config(pipeline).items() if not k.startswith("_")}

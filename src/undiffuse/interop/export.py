@@ -24,7 +24,7 @@ from ..denoiser import NoScale, TimeLabel
 from ..errors import UndiffuseError
 from ..networks import DDPMUNet
 from ..pipeline import Pipeline
-from ..predictions import X0, Eps, FlowVelocity, V
+from ..predictions import X0, Eps, FlowVelocity, Prediction, V
 from ..schedules import CosineBetas, Flow, LinearBetas, ScaledLinearBetas, Schedule, Table, ZeroTerminalSNR
 from ..weights import write_weights
 from .card import model_card
@@ -37,7 +37,7 @@ RENAMED = {
     "embedding.second": "time_embedding.linear_2",
     "embedding.condition": "class_embedding",
 }
-PREDICTED = {Eps: "epsilon", V: "v_prediction", X0: "sample"}
+PREDICTED: dict[type[Prediction], str] = {Eps: "epsilon", V: "v_prediction", X0: "sample"}
 
 
 class Unfit(UndiffuseError):

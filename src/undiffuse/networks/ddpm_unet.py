@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention import attention
 from ..errors import UndiffuseError
 from .layers import (
     Attend,
@@ -66,7 +67,7 @@ class Attention(nn.Module):
         given = h if context is None else context
         q, k, v = (split_heads(each, self.heads) for each in (self.to_q(h), self.to_k(given), self.to_v(given)))
         if context is None:
-            y = F.scaled_dot_product_attention(q, k, v)
+            y = attention(q, k, v)
         else:
             y = self.attend(q, k, v, 0, context.shape[1], mask, grid)
         return self.to_out[0](join_heads(y))
@@ -86,7 +87,7 @@ class SelfLook(nn.Module):
         """``[B, C, H, W] -> [B, C, H, W]``; there are no tokens."""
         h = self.group_norm(x).flatten(2).transpose(1, 2)
         q, k, v = (split_heads(each(h), self.heads) for each in (self.to_q, self.to_k, self.to_v))
-        y = self.to_out[0](join_heads(F.scaled_dot_product_attention(q, k, v)))
+        y = self.to_out[0](join_heads(attention(q, k, v)))
         return x + y.transpose(1, 2).reshape(x.shape)
 
 

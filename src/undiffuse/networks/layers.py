@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention import attention
 from ..errors import UndiffuseError
 
 
@@ -276,18 +277,6 @@ class ResidualBlock(nn.Module):
         """``[B, C, *spatial] -> [B, C, *spatial]``."""
         y = self.first(F.silu(self.norm(x)))
         return x + self.second(self.dropout(F.silu(self.film(y, embedding))))
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``softmax(q k^T / sqrt(d)) v`` for ``[B, heads, T, d]``; ``mask``: bool, True for the keys that are looked at.
-
-    On a CPU in float32 at least: the gradient of torch's bfloat16 kernel takes six times as long there, more than half
-    of what bfloat16 saves in a whole update.
-    """
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(wide(q), wide(k), wide(v), attn_mask=mask).to(v.dtype)
 
 
 class SelfAttention(nn.Module):
