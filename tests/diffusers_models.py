@@ -225,3 +225,138 @@ def sdxl(kind: str = "StableDiffusionXLPipeline", schedule: Any = None, refiner:
         add_watermarker=False,
         **first,
     )
+
+
+def lcm() -> Any:
+    return sd(
+        "LatentConsistencyModelPipeline", latent_scheduler("LCMScheduler", clip_sample=False), time_cond_proj_dim=12
+    )
+
+
+def flow_scheduler(**options: Any) -> Any:
+    return scheduler("FlowMatchEulerDiscreteScheduler", **options)
+
+
+def sd3(**options: Any) -> Any:
+    import diffusers
+
+    transformer = seeded(
+        diffusers.SD3Transformer2DModel,
+        6,
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=32,
+        pooled_projection_dim=24,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        vae=vae(shift_factor=0.06, scaling_factor=1.5),
+        text_encoder=clip(projected=True, width=8),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip(projected=True, width=16, seed=7),
+        tokenizer_2=clip_tokenizer("!"),
+        text_encoder_3=t5(),
+        tokenizer_3=t5_tokenizer(),
+        scheduler=flow_scheduler(**{"shift": 3.0, **options}),
+    )
+
+
+def flux(guidance: bool = True, **options: Any) -> Any:
+    import diffusers
+
+    transformer = seeded(
+        diffusers.FluxTransformer2DModel,
+        8,
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=guidance,
+    )
+    dynamic = {"use_dynamic_shifting": True, "shift": 3.0} if guidance else {}
+    return diffusers.FluxPipeline(
+        transformer=transformer,
+        vae=vae(shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=t5_tokenizer(),
+        scheduler=flow_scheduler(**{**dynamic, **options}),
+    )
+
+
+def pixart(kind: str = "PixArtAlphaPipeline", **options: Any) -> Any:
+    import diffusers
+
+    transformer = seeded(
+        diffusers.PixArtTransformer2DModel,
+        9,
+        **{
+            "sample_size": 8,
+            "num_layers": 2,
+            "patch_size": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "cross_attention_dim": 16,
+            "caption_channels": 32,
+            "in_channels": 4,
+            "out_channels": 8,
+            **options,
+        },
+    )
+    return getattr(diffusers, kind)(
+        transformer=transformer,
+        vae=vae(),
+        text_encoder=t5(),
+        tokenizer=t5_tokenizer(),
+        scheduler=latent_scheduler("DPMSolverMultistepScheduler", timestep_spacing="linspace", beta_schedule="linear"),
+    )
+
+
+def dit(classes: int = 1000) -> Any:
+    import diffusers
+
+    transformer = seeded(
+        diffusers.DiTTransformer2DModel,
+        10,
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        num_embeds_ada_norm=classes,
+    )
+    return diffusers.DiTPipeline(transformer=transformer, vae=vae(), scheduler=latent_scheduler(beta_schedule="linear"))
+
+
+def ldm() -> Any:
+    import diffusers
+
+    vqvae = seeded(
+        diffusers.VQModel,
+        11,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3,
+        num_vq_embeddings=16,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+    )
+    return diffusers.LDMPipeline(vqvae=vqvae, unet=pixels(), scheduler=latent_scheduler())

@@ -17,6 +17,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Protocol, final
@@ -30,7 +31,7 @@ from .conditions import Conditions, Rows
 from .config import from_json, load_json, parse_json, to_json, write_json_atomic
 from .data.spec import DataSpec
 from .denoiser import INPUT_SCALES, LABELS, Denoise, Denoiser, InputScale, Label
-from .editing import below
+from .editing import below, keep_known
 from .errors import UndiffuseError, UndiffuseWarning, unknown
 from .grids import GRIDS, Distilled, Grid, Uniform
 from .grids import Times as TimesGrid
@@ -189,6 +190,11 @@ class Question:
         return guided(lambda x, level: first, lambda x, level: last, self.sampling)(self.x, self.level)
 
 
+def as_it_is(denoise: Denoise) -> Denoise:
+    """The same denoiser."""
+    return denoise
+
+
 @dataclass(frozen=True, eq=False)
 class Start:
     """Where a trajectory begins, and all that it needs but the network."""
@@ -199,6 +205,10 @@ class Start:
     noise: Streams | Brownian
     cond: Mapping[str, Tensor]
     against: Mapping[str, Tensor]
+    kept: tuple[Tensor, Tensor] | None = None
+    """Data ``[1 or B, *spec.shape]`` (model units), and where they stay as they are (boolean, broadcast to them)."""
+    wrap: Callable[[Denoise], Denoise] = as_it_is
+    """What the guided denoiser must go through, so that they do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,6 +242,19 @@ def finished(x: Tensor) -> Tensor:
     return x
 
 
+def checked_keep(keep: Tensor, image: Tensor) -> Tensor:
+    """``keep``, or an error unless it is boolean and fits the image."""
+    try:
+        fits = torch.broadcast_shapes(keep.shape, image.shape)[1:] == image.shape[1:]
+    except RuntimeError:
+        fits = False
+    if keep.dtype != torch.bool or not fits:
+        raise UndiffuseError(
+            f"keep must be boolean and fit the image {list(image.shape)}, got {keep.dtype} {list(keep.shape)}"
+        )
+    return keep
+
+
 def answer_together(denoiser: Denoiser, questions: Sequence[Question], rows: int | None = None) -> list[Estimate]:
     """The answers to several questions, each with guidance of its own, by one network call. ``rows``: see
     :meth:`.Denoiser.together`."""
@@ -245,6 +268,10 @@ class Home(Protocol):
     another size."""
 
     def save(self, pipeline: Pipeline, folder: Path) -> None: ...
+
+    def seen(self, pipeline: Pipeline, image: Tensor, keep: Tensor) -> dict[str, Tensor]:
+        """The conditions that tell the network what of ``image`` is kept; none if it takes no such thing."""
+        ...
 
     def resized(self, pipeline: Pipeline, size: Sequence[int]) -> Pipeline: ...
 
@@ -651,29 +678,57 @@ class Pipeline:
         sampling: Sampling | None = None,
         image: Tensor | None = None,
         strength: float = 1.0,
+        keep: Tensor | None = None,
     ) -> Start:
         """Where a trajectory of these samples begins: at noise, or with an ``image`` (``[1 or B, *spec.shape]``, model
-        units of the data) at that image with noise of level t = ``strength``, in (0, 1] (:func:`.image_to_image`)."""
+        units of the data) at that image with noise of level t = ``strength``, in (0, 1] (:func:`.image_to_image`).
+
+        ``keep`` (boolean, broadcast to the image): where the image stays as it is. A network that was trained to fill
+        holes is told of it; another one's estimates are held there (:func:`.keep_known`).
+        """
         sampling = sampling or self.settings()
         numbers = range(samples) if isinstance(samples, int) else samples
-        told = self.conditions(numbers, classes, prompts, cond)
+        seen: dict[str, Tensor] = {}
+        kept, wrap = None, as_it_is
+        if keep is not None:
+            if image is None:
+                raise UndiffuseError("keep says where the image stays as it is: give image as well")
+            kept = image.to(self.device), checked_keep(keep, image).to(self.device)
+            seen = {} if self.home is None else self.home.seen(self, *kept)
+            if not seen:
+                wrap = partial(keep_known, known=self.encode(kept[0]), keep=self.kept(kept[1]))
+        seen = {name: rows.expand(len(numbers), *rows.shape[1:]) for name, rows in seen.items()}
+        told = {**self.conditions(numbers, classes, prompts, cond), **seen}
         self.check(told, sampling)
         if (negative_prompt or against) and sampling.guidance_scale == 1:
             raise UndiffuseError("a negative prompt acts through guidance: set a guidance scale other than 1")
         away = self.against(len(numbers), prompt=negative_prompt, cond=against)
+        if self.denoiser.conditions is not None:  # what is told holds on both sides
+            both = {name for name in self.denoiser.conditions.told if name in {**(cond or {}), **seen}}
+            both -= set(against or {})
+            away |= {name: told[name] for name in both}
         noise = Brownian(seed, numbers) if sampling.noise == "brownian" else Streams(seed, numbers)
         levels = sampling.grid.levels(self.config.schedule, sampling.steps)
         eps = noise.draw(self.shape, torch.empty(0, device=self.device))
         # A deterministic network computes the same whatever training does around it: dropout is off.
         self.denoiser.eval()
         if image is None or strength == 1:
-            return Start(start(levels[0], eps), levels, sampling, noise, told, away)
+            return Start(start(levels[0], eps), levels, sampling, noise, told, away, kept, wrap)
         first = self.config.schedule.first
         if not first <= strength < 1:
             raise UndiffuseError(f"strength must be from {first:.3g} (keep the input) to 1 (ignore it), got {strength}")
         levels = below(levels, strength)
         x0 = self.encode(image).to(eps).expand_as(eps)
-        return Start(levels[0].mix(x0, eps), levels, sampling, noise, told, away)
+        return Start(levels[0].mix(x0, eps), levels, sampling, noise, told, away, kept, wrap)
+
+    def end(self, begun: Start, z: Tensor, alone: bool = False) -> Tensor:
+        """The samples of a trajectory that ended at ``z``, on the CPU: decoded (``alone``: :meth:`decode`), and
+        what was to be kept as it was, bit for bit (trap X10). Raises if one is not finite."""
+        x = finished(self.decode(z, alone))
+        if begun.kept is None:
+            return x
+        image, keep = begun.kept
+        return torch.where(keep.cpu(), image.to("cpu", x.dtype), x)
 
     def frames(
         self,
@@ -686,6 +741,9 @@ class Pipeline:
         cond: Rows | None = None,
         against: Rows | None = None,
         sampling: Sampling | None = None,
+        image: Tensor | None = None,
+        strength: float = 1.0,
+        keep: Tensor | None = None,
         rows: int | None = None,
     ) -> Iterator[Frame]:
         """The trajectory of one batch, noise first: ``steps + 1`` frames of what the denoiser sees, data by
@@ -699,8 +757,15 @@ class Pipeline:
             cond=cond,
             against=against,
             sampling=sampling,
+            image=image,
+            strength=strength,
+            keep=keep,
         )
-        denoise = self.denoise(begun.cond, begun.sampling, rows, begun.against)
+        yield from self.walk(begun, rows)
+
+    def walk(self, begun: Start, rows: int | None = None) -> Iterator[Frame]:
+        """The trajectory from where it begins."""
+        denoise = begun.wrap(self.denoise(begun.cond, begun.sampling, rows, begun.against))
         yield from trajectory(denoise, begun.x, begun.levels, begun.sampling.solver, begun.noise)
 
     def draw(
@@ -714,6 +779,9 @@ class Pipeline:
         cond: Rows | None = None,
         against: Rows | None = None,
         sampling: Sampling | None = None,
+        image: Tensor | None = None,
+        strength: float = 1.0,
+        keep: Tensor | None = None,
         batch_size: int = BATCH,
         rows: int | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -721,6 +789,9 @@ class Pipeline:
         """``[N, *spec.shape]`` samples in model units, decoded, on the CPU; sample i is a function of ``(seed, i)`` and
         what is asked of it alone. Its batch moves it by the rounding of the network, about 1e-6; with ``rows``, the
         number of rows that every network call then has, by not a bit (on a CPU).
+
+        Sample i starts from ``image[i % len(image)]`` with ``strength`` and keeps of it what ``keep`` says, if they are
+        given (:meth:`begin`).
 
         ``progress(done, total)`` counts steps over all batches. Raises if a sample is not finite.
         """
@@ -735,14 +806,17 @@ class Pipeline:
         batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
         drawn, total = [], len(batches) * sampling.steps
         for index, batch in enumerate(batches):
-            last: deque[Frame] = deque(maxlen=1)
             asked: dict[str, Any] = {"classes": classes, "prompts": prompts, "negative_prompt": negative_prompt}
-            asked |= {"cond": cond, "against": against}
-            for frame in self.frames(batch, seed=seed, sampling=sampling, rows=rows, **asked):
+            asked |= {"cond": cond, "against": against, "strength": strength}
+            for name, given in (("image", image), ("keep", keep)):
+                asked[name] = None if given is None else given[torch.tensor([i % len(given) for i in batch])]
+            begun = self.begin(batch, seed=seed, sampling=sampling, **asked)
+            last: deque[Frame] = deque(maxlen=1)
+            for frame in self.walk(begun, rows):
                 last.append(frame)
                 if progress is not None:
                     progress(index * sampling.steps + frame.index, total)
-            drawn.append(finished(self.decode(last[0].x, alone=rows is not None)))
+            drawn.append(self.end(begun, last[0].x, alone=rows is not None))
         return torch.cat(drawn)
 
     @staticmethod
@@ -760,6 +834,9 @@ class Pipeline:
         negative_prompt: str | None = None,
         cond: Rows | None = None,
         against: Rows | None = None,
+        image: np.ndarray | None = None,
+        strength: float = 1.0,
+        keep: np.ndarray | None = None,
         batch_size: int = BATCH,
         progress: Callable[[int, int], None] | None = None,
         **settings: Any,
@@ -769,8 +846,13 @@ class Pipeline:
         Sample i gets ``classes[i % len(classes)]`` and ``prompts[i % len(prompts)]``, and of any condition by name row
         i in turn of ``cond[name]``; guidance leads away from ``negative_prompt`` and ``against``, conditions by name
         too (``against={"classes": [3]}``). ``settings`` are fields of :class:`Sampling` (``steps=10, solver="heun"``).
+
+        With ``image`` (``[1 or n, *data shape]``, the data's own units) they begin there, with noise of level t =
+        ``strength`` from 0 to 1, at which nothing of it is left. Where ``keep`` is true (boolean, ``[1 or n, *data
+        shape]``, or without its channels) they are the image to the last bit.
         """
         sampling = self.settings(**settings)
+        held = None if keep is None else self.spec.where(keep)
         x = self.draw(
             n,
             seed=seed,
@@ -780,6 +862,9 @@ class Pipeline:
             cond=cond,
             against=against,
             sampling=sampling,
+            image=None if image is None else self.spec.to_model(image),
+            strength=strength,
+            keep=held,
             batch_size=batch_size,
             progress=progress,
         )

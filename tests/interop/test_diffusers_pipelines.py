@@ -3,6 +3,7 @@ and the same pictures as its own pipeline. The models are tiny, of the real clas
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from undiffuse import Pipeline, Streams
+from undiffuse import Level, Pipeline, Streams
 
 pytest.importorskip("diffusers", reason="diffusers is read here, and is the oracle")
 pytest.importorskip("transformers", reason="diffusers' pipelines read texts with transformers")
@@ -231,3 +232,254 @@ def test_stable_diffusion_with_noise_on_the_way(
     asked = {"prompt": PROMPTS, "num_inference_steps": 4, "guidance_scale": 3.0}
     latents = plain(latents=x, output_type="latent", **asked).images
     agree(walked(ours, prompts=PROMPTS, sampling=ours.settings(steps=4, guidance_scale=3.0)), latents)
+
+
+# --- The other families -----------------------------------------------------------------------------------------------
+
+ONCE = list(np.linspace(1, 1 / 1000, 3))
+"""Passed to their pipelines of flows, whose own default is shifted at both ends and then once more (trap S9)."""
+SIZED = {"height": 32, "width": 32}
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sdxl": (tiny.sdxl, SIZED),
+    "sdxl_zeros_not_forced": (lambda: with_option(tiny.sdxl(), force_zeros_for_empty_prompt=False), SIZED),
+    "sdxl_edm": (lambda: tiny.sdxl(schedule=tiny.scheduler("EDMEulerScheduler")), SIZED),
+    "sd3": (tiny.sd3, {**SIZED, "sigmas": ONCE}),
+    "pixart_alpha": (tiny.pixart, {"use_resolution_binning": False}),
+    "pixart_sigma": (lambda: tiny.pixart("PixArtSigmaPipeline"), {"use_resolution_binning": False}),
+}
+
+
+def with_option(theirs: Any, **options: Any) -> Any:
+    theirs.register_to_config(**options)
+    return theirs
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_texts_to_latents(tmp_path: Path, name: str, scale: float) -> None:
+    make, more = FAMILIES[name]
+    theirs = make()
+    ours = both(theirs, tmp_path)
+    asked = {"prompt": PROMPTS, "num_inference_steps": 3, "guidance_scale": scale, "latents": noise(ours), **more}
+    settings = ours.settings(steps=3, guidance_scale=scale)
+    latents = walked(ours, prompts=PROMPTS, sampling=settings)
+    agree(latents, theirs(output_type="latent", **asked).images)
+    if scale != 1 and name in ("sdxl", "sd3", "pixart_alpha"):
+        same_pictures(ours, latents, theirs(output_type="np", **asked).images)
+
+
+def test_negative_prompts_of_two_encoders(tmp_path: Path) -> None:
+    theirs = tiny.sdxl()
+    ours = both(theirs, tmp_path)
+    asked = {"prompt": PROMPTS, "num_inference_steps": 2, "guidance_scale": 3.0, "latents": noise(ours), **SIZED}
+    latents = theirs(negative_prompt=["a house"] * 2, output_type="latent", **asked).images
+    settings = ours.settings(steps=2, guidance_scale=3.0)
+    agree(walked(ours, prompts=PROMPTS, negative_prompt="a house", sampling=settings), latents)
+
+
+def test_sizes_are_told(tmp_path: Path) -> None:
+    """SDXL's micro-conditions: those of the picture's size, or others, on both sides of guidance."""
+    theirs = tiny.sdxl()
+    ours = both(theirs, tmp_path).resized(48, 32)
+    size = {"original_size": (64, 40), "crops_coords_top_left": (3, 7), "target_size": (48, 32)}
+    asked = {"prompt": PROMPTS, "num_inference_steps": 2, "guidance_scale": 3.0, "height": 48, "width": 32}
+    settings = ours.settings(steps=2, guidance_scale=3.0)
+    latents = theirs(latents=noise(ours), output_type="latent", **asked).images
+    agree(walked(ours, prompts=PROMPTS, sampling=settings), latents)
+    latents = theirs(latents=noise(ours), output_type="latent", **asked, **size).images
+    told = {"micro": [[64, 40, 3, 7, 48, 32]]}
+    agree(walked(ours, prompts=PROMPTS, sampling=settings, cond=told), latents)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        ours.resized(30, 32)
+
+
+def test_sdxl_refiner_refines(tmp_path: Path) -> None:
+    theirs = tiny.sdxl("StableDiffusionXLImg2ImgPipeline", refiner=True)
+    ours = both(theirs, tmp_path)
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    known = ours.encode(picture)
+    levels = ours.sampling.grid.levels(ours.config.schedule, 4)
+    streams = Streams(SEED, 2)
+    drawn = streams.draw(ours.shape)
+    with pytest.MonkeyPatch.context() as patch:
+        module = "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img"
+        patch.setattr(f"{module}.randn_tensor", lambda *shape, **options: drawn)
+        latents = theirs(
+            prompt=PROMPTS,
+            image=known.expand(2, -1, -1, -1),
+            strength=0.5,
+            num_inference_steps=4,
+            guidance_scale=3.0,
+            output_type="latent",
+        ).images
+    settings = ours.settings(steps=4, guidance_scale=3.0)
+    made = walked(ours, prompts=PROMPTS, sampling=settings, image=picture, strength=float(levels[2].t))
+    agree(made, latents)
+
+
+def packed(x: Tensor) -> Tensor:
+    from diffusers import FluxPipeline
+
+    return FluxPipeline._pack_latents(x, *x.shape)
+
+
+@pytest.mark.parametrize("kind", ["dev", "dev_guided", "schnell"])
+def test_flux(tmp_path: Path, kind: str) -> None:
+    theirs = tiny.flux(guidance=kind != "schnell")
+    ours = both(theirs, tmp_path).resized(32, 48)
+    asked = {"prompt": PROMPTS, "num_inference_steps": 3, "height": 32, "width": 48, "latents": packed(noise(ours))}
+    cond, scale = None, 1.0
+    if kind == "dev_guided":
+        scale, cond = 2.0, {"guidance": [[5.0]]}
+        asked |= {"guidance_scale": 5.0, "true_cfg_scale": 2.0, "negative_prompt": ["a house"] * 2}
+    settings = ours.settings(steps=3, guidance_scale=scale)
+    latents = walked(
+        ours, prompts=PROMPTS, cond=cond, negative_prompt="a house" if scale != 1 else None, sampling=settings
+    )
+    agree(packed(latents), theirs(output_type="latent", **asked).images)
+    same_pictures(ours, latents, theirs(output_type="np", **asked).images)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_trap_G2_dit_is_guided_on_every_channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    theirs = tiny.dit()
+    both(theirs, tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["id2label"] = {str(i): "crane, a bird" if i in (4, 5) else f"class {i}, a class" for i in range(1000)}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    ours = Pipeline.load(tmp_path)
+    assert ours.spec.classes[3:6] == ("class 3", "crane 4", "crane 5")
+    x = noise(ours)
+    monkeypatch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda **options: x)
+    pictures = theirs(class_labels=[3, 7], num_inference_steps=3, guidance_scale=scale, output_type="np").images
+    settings = ours.settings(steps=3, guidance_scale=scale)
+    latents = walked(ours, classes=[3, 7], sampling=settings)
+    same_pictures(ours, latents, pictures)
+
+
+def test_trap_G4_the_null_class_of_dit_is_derived(tmp_path: Path) -> None:
+    ours = both(tiny.dit(classes=5), tmp_path)
+    assert ours.denoiser.null(1)["classes"].tolist() == [5]
+    assert np.isfinite(ours.sample(2, steps=2)).all()
+
+
+def test_latent_consistency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = tiny.lcm()
+    ours = both(theirs, tmp_path)
+    assert ours.sampling.steps == 4
+    assert ours.sampling.guidance_scale == 1
+    streams = Streams(SEED, 2)
+    x = streams.draw(ours.shape)
+    replay(monkeypatch, "diffusers.schedulers.scheduling_lcm", streams)
+    latents = theirs(prompt=PROMPTS, latents=x, num_inference_steps=4, guidance_scale=6.0, output_type="latent").images
+    agree(walked(ours, prompts=PROMPTS, cond={"guidance": [[6.0]]}), latents)
+
+
+def test_latent_diffusion_with_a_vector_quantised_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = tiny.ldm()
+    ours = both(theirs, tmp_path)
+    module = type(theirs).__module__
+    x = noise(ours)
+    monkeypatch.setattr(f"{module}.randn_tensor", lambda *shape, **options: x)
+    pictures = theirs(batch_size=2, num_inference_steps=3, output_type="np").images
+    same_pictures(ours, walked(ours, sampling=ours.settings(steps=3)), pictures)
+
+
+# --- From a picture ---------------------------------------------------------------------------------------------------
+
+PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", DPM, "EulerDiscreteScheduler"])
+def test_trap_S23_image_to_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str) -> None:
+    theirs = tiny.sd("StableDiffusionImg2ImgPipeline", tiny.latent_scheduler(scheduler))
+    ours = both(theirs, tmp_path)
+    x = noise(ours)
+    module = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img"
+    monkeypatch.setattr(f"{module}.randn_tensor", lambda *shape, **options: x)
+    asked = {"prompt": PROMPTS, "num_inference_steps": 4, "guidance_scale": 3.0, "strength": 0.5}
+    latents = theirs(image=ours.encode(PICTURE).expand(2, -1, -1, -1), output_type="latent", **asked).images
+    settings = ours.settings(steps=4, guidance_scale=3.0)
+    start = float(settings.grid.levels(ours.config.schedule, 4)[2].t)  # their strength counts steps
+    agree(walked(ours, prompts=PROMPTS, sampling=settings, image=PICTURE, strength=start), latents)
+
+
+def hole() -> Tensor:
+    """What is kept: all but a square that covers whole latents."""
+    keep = torch.ones(1, 1, 32, 32, dtype=torch.bool)
+    keep[..., 8:20, 4:24] = False
+    return keep
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_inpainting_with_a_network_made_for_it(tmp_path: Path, scale: float) -> None:
+    theirs = tiny.sd("StableDiffusionInpaintPipeline", in_channels=9)
+    ours = both(theirs, tmp_path)
+    keep = hole()
+    encoded = ours.encode(torch.where(keep, PICTURE, 0.0))
+    with pytest.MonkeyPatch.context() as patch:  # theirs draws from the posterior, ours takes its mean
+        patch.setattr(
+            type(theirs), "_encode_vae_image", lambda self, image, generator: encoded.expand(len(image), -1, -1, -1)
+        )
+        latents = theirs(
+            prompt=PROMPTS,
+            image=PICTURE / 2 + 0.5,
+            mask_image=(~keep).float(),
+            latents=noise(ours),
+            height=32,
+            width=32,
+            num_inference_steps=3,
+            guidance_scale=scale,
+            output_type="latent",
+        ).images
+    settings = ours.settings(steps=3, guidance_scale=scale)
+    agree(walked(ours, prompts=PROMPTS, sampling=settings, image=PICTURE, keep=keep), latents)
+    with pytest.raises(ValueError, match="give image and keep"):
+        ours.sample(1, prompts=PROMPTS, steps=2)
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+def test_trap_X10_what_is_kept_is_kept_to_the_bit(tmp_path: Path, channels: int) -> None:
+    ours = both(tiny.sd("StableDiffusionInpaintPipeline", in_channels=channels), tmp_path)
+    picture, keep = ours.spec.to_data(PICTURE), hole()[:, 0].numpy()
+    made = ours.sample(3, prompts=PROMPTS, image=picture, keep=keep, steps=3, guidance_scale=3.0)
+    assert (made == picture)[:, keep[0]].all()
+    assert (made != picture)[:, ~keep[0]].mean() > 0.5
+    again = ours.sample(3, prompts=PROMPTS, image=picture, keep=keep, steps=3, guidance_scale=3.0, batch_size=2)
+    assert np.abs(made.astype(int) - again).max() <= 1
+
+
+def test_inpainting_by_replacement(tmp_path: Path) -> None:
+    """Of a network of four channels, theirs puts the known part back after each step with the first noise, as RePaint
+    without repeats does."""
+    from undiffuse import RePaint
+    from undiffuse.sampling import trajectory
+
+    theirs = tiny.sd("StableDiffusionInpaintPipeline")
+    ours = both(theirs, tmp_path)
+    keep, x = hole(), noise(ours)
+    known = ours.encode(PICTURE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(theirs), "_encode_vae_image", lambda self, image, generator: known.expand(len(image), -1, -1, -1)
+        )
+        latents = theirs(
+            prompt=PROMPTS,
+            image=PICTURE / 2 + 0.5,
+            mask_image=(~keep).float(),
+            latents=x,
+            height=32,
+            width=32,
+            num_inference_steps=3,
+            guidance_scale=3.0,
+            output_type="latent",
+        ).images
+    begun = ours.begin(2, seed=SEED, prompts=PROMPTS, sampling=ours.settings(steps=3, guidance_scale=3.0))
+
+    def same(like: Tensor, here: Level, there: Level) -> Tensor:
+        return x.to(like)
+
+    solver = RePaint(begun.sampling.solver, known.expand(2, -1, -1, -1), ours.kept(keep), same, repeats=1)
+    denoise = ours.denoise(begun.cond, begun.sampling, None, begun.against)
+    *_, last = trajectory(denoise, begun.x, begun.levels, solver, begun.noise)
+    agree(last.x, latents)

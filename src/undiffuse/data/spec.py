@@ -148,6 +148,18 @@ class DataSpec:
         units = (values.astype(work) - self._column(self.shift, work)) / self._column(self.scale, work)
         return torch.from_numpy(np.ascontiguousarray(units, dtype=np.float32))
 
+    def where(self, mask: np.ndarray) -> torch.Tensor:
+        """A boolean mask of items, ``[N, *original_shape]`` or without channels, as ``[N, C or 1, *spatial]``."""
+        mask = np.asarray(mask)
+        if mask.dtype != np.bool_:
+            raise UndiffuseError(f"a mask must be boolean, got {mask.dtype}")
+        shape = self.original_shape
+        if "C" in self.layout and mask.ndim > 0 and mask.shape[1:] == shape:
+            return torch.from_numpy(np.ascontiguousarray(np.moveaxis(mask, 1 + self.layout.index("C"), 1)))
+        if mask.ndim == 0 or mask.shape[1:] != self.shape[1:]:
+            raise UndiffuseError(f"a mask of shape {mask.shape} given, [N, {_sizes(self.shape[1:])}] expected")
+        return torch.from_numpy(mask)[:, None]
+
     def to_data(self, x: torch.Tensor) -> np.ndarray:
         """Model units ``[N, *shape]`` to original values ``[N, *original_shape]`` of the original dtype.
 

@@ -27,10 +27,9 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoise
-from ..editing import keep_known
 from ..errors import UndiffuseError, choose
 from ..levels import Estimate, Level
-from ..pipeline import Pipeline, Question, Sampling, Start, answer_together, finished
+from ..pipeline import Pipeline, Question, Sampling, Start, answer_together
 from ..sampling import Frame, walk
 from ..solvers import Step
 
@@ -98,9 +97,7 @@ class Job:
         self.cancelled = False
         self.steps: Step | None = None  # None: not begun
         self.question: Question | None = None
-        self.cond: Mapping[str, Tensor] = {}
-        self.against: Mapping[str, Tensor] = {}
-        self.wrap: Callable[[Denoise], Denoise] | None = None
+        self.begun: Start | None = None
 
     def cancel(self) -> None:
         """Ask no more questions: at most the call in progress is still made."""
@@ -274,6 +271,9 @@ class Engine:
             sampling=request.sampling,
             image=request.image,
             strength=request.strength,
+            keep=request.keep,
+            negative_prompt=request.negative_prompt,
+            against=None if request.against is None else {"classes": [request.against]},
         )
 
     def run(self, request: Request) -> Tensor:
@@ -366,15 +366,8 @@ class Engine:
 
     def _begin(self, job: Job) -> None:
         request = job.request
-        pipeline = self.models[request.model].pipeline
         try:
-            begun = self._start(request)
-            job.cond = begun.cond
-            job.against = pipeline.against(len(request.samples), request.against, request.negative_prompt)
-            if request.keep is not None and request.image is not None:
-                known = pipeline.encode(request.image).to(begun.x).expand_as(begun.x)
-                keep = pipeline.kept(request.keep).to(begun.x.device)
-                job.wrap = lambda denoise: keep_known(denoise, known, keep)
+            begun = job.begun = self._start(request)
             job.steps = walk(begun.x, begun.levels, request.sampling.solver, begun.noise, request.watch)
         except Exception as error:
             self._end(job, error)
@@ -383,17 +376,19 @@ class Engine:
 
     def _send(self, job: Job, estimate: Estimate | None) -> None:
         """Let a job go on to its next question, or to its end."""
+        begun = job.begun
         assert job.steps is not None
+        assert begun is not None
         question, job.question = job.question, None
         try:
-            if estimate is not None and question is not None and job.wrap is not None:
-                estimate = job.wrap(_said(estimate))(question.x, question.level)
+            if estimate is not None and question is not None:
+                estimate = begun.wrap(_said(estimate))(question.x, question.level)
             x, level = job.steps.send(estimate)  # pyrefly: ignore  (the first is None)
-            job.question = Question(x, level, job.cond, job.against, job.request.sampling)
+            job.question = Question(x, level, begun.cond, begun.against, job.request.sampling)
         except StopIteration as stop:
             try:
                 pipeline = self.models[job.request.model].pipeline
-                self._end(job, finished(pipeline.decode(stop.value[0], alone=self.exact)))
+                self._end(job, pipeline.end(begun, stop.value[0], alone=self.exact))
             except Exception as error:
                 self._end(job, error)
         except Exception as error:  # of a solver, or of who watches

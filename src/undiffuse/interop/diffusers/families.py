@@ -16,6 +16,7 @@ from torch import nn
 
 from ...conditions import Condition
 from ...errors import UndiffuseError, unknown
+from ...grids import Grid, Uniform
 from .codecs import CODECS, Autoencoder
 from .folder import Folder, load_part
 from .networks import NETWORKS, Adapter, Layout
@@ -137,6 +138,7 @@ class Made:
         texts: what it reads; ``told``: the other conditions for pictures of a size.
         steps, guidance_scale: of its defaults.
         scheduler: options of the scheduler that its pipeline sets whatever the file says.
+        flow_grid: the grid, before its shift, that its pipeline brings.
         classes: their names.
     """
 
@@ -148,6 +150,7 @@ class Made:
     texts: Texts | None = None
     told: Callable[[Size], dict[str, Condition]] = lambda size: {}
     scheduler: Mapping[str, Any] = field(default_factory=dict)
+    flow_grid: Grid | None = None
     classes: tuple[str, ...] = ()
 
 
@@ -313,6 +316,7 @@ def flux(parts: Parts) -> Made:
         steps=28 if "guidance" in network.layout.sizes else 4,
         texts=Texts(readers, pooled_and_t5, network.layout),
         told=guidance(network, 3.5),
+        flow_grid=Uniform(),
     )
 
 

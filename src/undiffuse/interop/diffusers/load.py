@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from torch import Tensor
 
 from ...conditions import Condition, Conditions
 from ...config import from_json, load_json, write_bytes_atomic
@@ -70,7 +71,7 @@ def assemble(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pipeli
     described, where = folder.scheduler()
     name = described.get("_class_name")
     forced = {key: value for key, value in made.scheduler.items() if key in DEFAULTS.get(str(name), {})}
-    meaning = read_scheduler({**described, **forced}, where)
+    meaning = read_scheduler({**described, **forced}, where, made.flow_grid)
     if made.codec is not None and meaning.threshold != "none":
         raise UndiffuseError(
             f"{where}: clip_sample or thresholding of latents, which have no range (trap S16): set it to false"
@@ -192,9 +193,20 @@ class DiffusersHome:
             home=self,
         )
 
+    def seen(self, pipeline: Pipeline, image: Tensor, keep: Tensor) -> dict[str, Tensor]:
+        """See :meth:`.Home.seen`: a network with a hole is told where it is (1), and the latents of the picture, grey
+        there. A latent is kept where all that it stands for is."""
+        conditions = pipeline.denoiser.conditions
+        if conditions is None or "hole" not in conditions.names:
+            return {}
+        whole = keep.expand(-1, *pipeline.spec.shape).all(1, keepdim=True)
+        around = pipeline.encode(torch.where(whole, image, 0.0))
+        made = ~pipeline.kept(whole).expand(len(around), -1, -1, -1)
+        return {"hole": torch.cat([made.to(around), around], dim=1)}
+
     def resized(self, pipeline: Pipeline, size: Sequence[int]) -> Pipeline:
         """See :meth:`.Pipeline.resized`."""
-        if len(size) != 2:
+        if len(size) != 2 or not all(type(each) is int for each in size):
             raise UndiffuseError(f"a picture has a height and a width, not {list(size)}")
         height, width = size
         other = self.pipeline((height, width))

@@ -24,7 +24,7 @@ import torch
 
 from ...denoiser import InputScale, Label, LogSigmaLabel, NoScale, TimeLabel, UnitVariance
 from ...errors import UndiffuseError, UndiffuseWarning, choose, unknown
-from ...grids import Beta, Distilled, Grid, Karras, Leading, Linspace, LogSNR, ShiftedGrid, Trailing, Uniform
+from ...grids import Beta, Distilled, Grid, Karras, Leading, Linspace, LogSNR, ShiftedGrid, Trailing
 from ...pipeline import Sampling
 from ...predictions import X0, EDMOutput, Eps, FlowVelocity, Prediction, V
 from ...schedules import EDM, BetaTable, CosineBetas, Flow, LinearBetas, ScaledLinearBetas, Schedule, ZeroTerminalSNR
@@ -308,14 +308,18 @@ class Options:
             raise UndiffuseError(f"{self.where}: {key} = {self.left[key]!r} cannot be read here; remove it")
 
 
-def read_scheduler(config: Mapping[str, Any], where: str = "scheduler_config.json") -> Meaning:
-    """What a scheduler's config means.
+def read_scheduler(
+    config: Mapping[str, Any], where: str = "scheduler_config.json", flow_grid: Grid | None = None
+) -> Meaning:
+    """What a scheduler's config means. ``flow_grid``: before its shift, of a flow whose pipeline brings its own.
 
     Raises :class:`UndiffuseError` for a class, an option or a value that cannot be represented, by name.
     """
     options = Options(config, where)
-    family = {"EDMEulerScheduler": edm, "FlowMatchEulerDiscreteScheduler": flow}.get(options.name, table)
-    meaning = family(options)
+    if options.name == "FlowMatchEulerDiscreteScheduler":
+        meaning = flow(options, flow_grid)
+    else:
+        meaning = edm(options) if options.name == "EDMEulerScheduler" else table(options)
     options.done()
     return meaning
 
@@ -323,7 +327,7 @@ def read_scheduler(config: Mapping[str, Any], where: str = "scheduler_config.jso
 # --- Flows and EDM ----------------------------------------------------------------------------------------------------
 
 
-def flow(options: Options) -> Meaning:
+def flow(options: Options, own: Grid | None) -> Meaning:
     """Flow matching: alpha = 1 - t, sigma = t, the network is told t times T and says eps - x0."""
     total = options.whole("num_train_timesteps", 1, 100_000)
     options.must(("invert_sigmas", False), ("shift_terminal", None), *[(key, False) for key in SIGMAS])
@@ -336,6 +340,7 @@ def flow(options: Options) -> Meaning:
         options.take("time_shift_type", "exponential", "linear") == "exponential",
     )
     dynamic = options.flag("use_dynamic_shifting")
+    grid: Grid = own or Linspace(total, whole=False)  # from 1 to 1/T
     if dynamic and moving.base_tokens == moving.most_tokens:
         raise UndiffuseError(f"{options.where}: base_image_seq_len and max_image_seq_len must differ")
     return Meaning(
@@ -344,8 +349,7 @@ def flow(options: Options) -> Meaning:
         label=TimeLabel(float(total)),
         input_scale=NoScale(),
         solver=Consistency() if options.flag("stochastic_sampling") else Euler(),
-        # Its own grid runs from 1 to 1/T; pipelines with dynamic shifting pass that from 1 to 1/steps.
-        grid=Uniform() if dynamic else shifted(Linspace(total, whole=False), shift),
+        grid=grid if dynamic else shifted(grid, shift),
         shift=moving if dynamic else None,
     )
 
