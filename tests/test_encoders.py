@@ -78,6 +78,50 @@ def test_trap_P6_what_is_kept_is_of_these_weights_numbers_and_words(tmp_path: Pa
     assert len(keys) == 4
 
 
+def test_trap_P6_embeddings_of_training_data_are_on_the_disk_and_damaged_ones_are_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path / "cache"))
+    name = made(tmp_path / "clip", "clip")
+
+    def anew() -> encoders.Encoder:
+        encoders.load.cache_clear()
+        return encoders.load(name)
+
+    condition = Pretrained(name, 8, length=6).eval()
+    rows, folder = condition.read(["a red circle", "blue"]), condition.encoder.folder
+    condition.embed(rows)
+    assert not folder.exists()  # what a user asks for is not written down
+    encoders.load.cache_clear()
+    condition = Pretrained(name, 8, length=6)
+    with torch.autocast("cpu", torch.bfloat16):
+        condition.embed(rows)
+    files = sorted(folder.glob("*/*"))
+    assert len(files) == 2
+
+    one = anew()
+    words = one.tokens("a red circle")
+    exact = one._read(words)
+    monkeypatch.setattr(encoders.Encoder, "_read", lambda *_: pytest.fail("was read again"))
+    assert torch.equal(one(words), exact)
+    monkeypatch.undo()
+    monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path / "cache"))
+
+    file = folder / one.key(words)[:2] / one.key(words)
+    whole = file.read_bytes()
+    for damage in (b"", whole[:-4], whole[:40] + bytes([whole[40] ^ 1]) + whole[41:]):
+        file.write_bytes(damage)
+        assert torch.equal(anew()(words, store=True), exact)
+        assert file.read_bytes() == whole
+    file.unlink()
+    monkeypatch.setattr(encoders, "STORED", len(whole))
+    assert torch.equal(anew()(words, store=True), exact)
+    assert not file.exists()  # the cache is full
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path / "file"))
+    assert torch.equal(anew()(words, store=True), exact)  # no place for a cache
+
+
 def test_other_weights_of_the_same_name_are_refused(tmp_path: Path) -> None:
     condition = Pretrained(made(tmp_path, "clip"), 8, length=6)
     config = Conditions({"text": condition}).config

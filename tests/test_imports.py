@@ -32,6 +32,7 @@ CHAPTERS = {
     "objectives": 9,
 }
 FREE = {
+    "cache",
     "errors",
     "config",
     "tokens",

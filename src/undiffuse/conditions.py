@@ -407,7 +407,7 @@ class Pretrained(Written):
         there = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=weight.device)
         for row, tokens in enumerate(values.tolist()):
             if words := [token - 1 for token in tokens if token]:
-                said = self.encoder(words)
+                said = self.encoder(words, store=self.training)
                 hidden[row, : len(said)] = said.to(hidden)
                 there[row, : len(said)] = True
         mean = hidden.sum(1) / there.sum(1, keepdim=True).clamp(min=1)

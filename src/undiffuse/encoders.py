@@ -1,24 +1,31 @@
 """Text encoders that others have trained: CLIP's and T5's, through ``transformers``, frozen.
 
 What an encoder says of a text is kept, under a key of everything that decides it: the encoder's weights, its number
-type, and how the text became tokens (trap P6). The same text is therefore read once, however often it is seen.
+type, and how the text became tokens (trap P6). The same text is therefore read once, however often it is seen: the last
+ones are in memory, and those of training data in the user's cache too, for later runs.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
+from contextlib import suppress
+from functools import cached_property, lru_cache
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .cache import cache_folder
+from .config import write_bytes_atomic
 from .errors import UndiffuseError
 
 KEPT = 4096
 """Texts of which the embedding is kept in memory, the last ones used."""
+STORED = 4 * 2**30
+"""Bytes of embeddings that one encoder has in the cache at most; further texts are read anew by each run."""
 
 KINDS = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
 """The class of ``transformers`` for each kind of model."""
@@ -67,17 +74,58 @@ class Encoder:
         """The tokens between the marks for begin and end, as the tokenizer sets them."""
         return [*self.before, *tokens, *self.after]
 
-    @torch.no_grad()
-    def __call__(self, tokens: Sequence[int]) -> Tensor:
-        """``[len(tokens) + marks, width]``, float32, on the CPU: each word and mark in the light of the others."""
+    def __call__(self, tokens: Sequence[int], store: bool = False) -> Tensor:
+        """``[len(tokens) + marks, width]``, float32, on the CPU: each word and mark in the light of the others.
+        ``store``: keep it in the user's cache too; what is there is used in any case."""
         key = self.key(tokens)
         if key not in self.kept:
-            given = torch.tensor([self.marked(tokens)], device=next(self.model.parameters()).device)
-            self.kept[key] = self.model(input_ids=given).last_hidden_state[0].float().cpu()
+            file = self.folder / key[:2] / key
+            said = self._stored(file, (len(tokens) + self.marks, self.width))
+            if said is None:
+                said = self._read(tokens)
+                if store:
+                    self._store(file, said)
+            self.kept[key] = said
             if len(self.kept) > KEPT:
                 self.kept.popitem(last=False)
         self.kept.move_to_end(key)
         return self.kept[key]
+
+    @torch.no_grad()
+    def _read(self, tokens: Sequence[int]) -> Tensor:
+        device = next(self.model.parameters()).device
+        given = torch.tensor([self.marked(tokens)], device=device)
+        with torch.autocast(device.type, enabled=False):  # what is kept must not depend on who asks first
+            return self.model(input_ids=given).last_hidden_state[0].float().cpu()
+
+    @property
+    def folder(self) -> Path:
+        """Where this encoder's embeddings are: a file each, named by its key, a SHA-256 and then the numbers."""
+        return cache_folder() / "texts" / self.hash
+
+    @cached_property
+    def _room(self) -> int:
+        return STORED - sum(file.stat().st_size for file in self.folder.glob("??/*"))
+
+    @staticmethod
+    def _stored(file: Path, shape: tuple[int, int]) -> Tensor | None:
+        """What the file holds; None if it is missing, or damaged."""
+        try:
+            content = file.read_bytes()
+        except OSError:
+            return None
+        digest, body = content[:32], bytearray(content[32:])
+        if sha256(body).digest() != digest or len(body) != 4 * shape[0] * shape[1]:
+            return None
+        return torch.frombuffer(body, dtype=torch.float32).reshape(shape)
+
+    def _store(self, file: Path, said: Tensor) -> None:
+        body = said.contiguous().numpy().tobytes()
+        with suppress(OSError):  # a cache that cannot be written saves no time, and that is all
+            if self._room >= 32 + len(body):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes_atomic(file, sha256(body).digest(), body)
+                self._room -= 32 + len(body)
 
 
 @lru_cache(4)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from undiffuse import UndiffuseError, UndiffuseWarning, from_array, open_dataset
+from undiffuse.cache import cache_folder
 from undiffuse.data import Dataset
 from undiffuse.data.base import ArrayDataset
 from undiffuse.evaluation import learned as module
-from undiffuse.evaluation.cache import cache_folder
 from undiffuse.evaluation.extraction import extract, make_features
 from undiffuse.evaluation.frechet import frechet_distance
 from undiffuse.evaluation.learned import (

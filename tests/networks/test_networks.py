@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from undiffuse.attention import attention
 from undiffuse.errors import UndiffuseError
 from undiffuse.networks import NETWORKS, SIZES, Network, UNet, build, describe, sized
-from undiffuse.networks.layers import attention, film_norm, fold, sinusoid, unfold
+from undiffuse.networks.layers import film_norm, fold, sinusoid, unfold
 
 SHAPES = [[1, 8, 8], [1, 28, 28], [3, 32, 32], [3, 64, 64], [1, 100], [2], [1, 9, 9, 9], [5, 7, 13]]
 ODD = [[2], [1], [1, 1], [3, 13], [1, 1, 1], [2, 1, 7], [1, 5, 6], [3, 9, 4], [1, 3, 1, 5], [2, 4, 5, 6]]

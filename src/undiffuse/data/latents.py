@@ -140,7 +140,7 @@ def _encoded(
     data: Dataset, codec: Codec, mirrored: bool, cache: str | os.PathLike[str] | None, counted: _Counted
 ) -> list[np.ndarray]:
     """The files of one copy, mapped into memory; those that are missing or damaged are made."""
-    from ..evaluation.cache import cache_folder
+    from ..cache import cache_folder
 
     key = digest("latents 1", data.fingerprint, data.spec.stated, codec.hash, str(codec.precision), str(mirrored))
     folder = (cache_folder() if cache is None else Path(cache)) / "latents" / key

@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from ..cache import cache_file
 from ..data import Dataset, open_dataset
 from ..data.base import digest, positions
 from ..errors import UndiffuseError, UndiffuseWarning, choose
 from ..weights import read_header, read_weights, write_weights
-from .cache import cache_file
 from .features import PCA, Extractor, Features, Identity
 from .inception import Inception
 from .learned import LearnedAutoencoder, LearnedClassifier

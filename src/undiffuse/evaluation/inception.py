@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..cache import cache_file
 from ..config import write_bytes_atomic
 from ..data import Dataset
 from ..errors import UndiffuseError
 from ..weights import load_into, read_weights
-from .cache import cache_file
 from .features import Extractor, Features, Pixels
 from .torchfile import read_torch_file
 

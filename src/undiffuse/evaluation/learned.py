@@ -24,12 +24,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..cache import cache_file
 from ..data import Dataset
 from ..data.base import digest
 from ..errors import UndiffuseError, UndiffuseWarning
 from ..training.draws import batch_indices, generator, lent
 from ..weights import load_into, read_header, read_weights, shapes, write_weights
-from .cache import cache_file
 from .features import Extractor, Features, ModelUnits
 
 HELD_OUT = 5_000  # at most; a tenth of the data if that is less

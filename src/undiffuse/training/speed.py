@@ -277,7 +277,7 @@ def _timed(trainer: Trainer) -> float:
 
 def _cached(recipe: Recipe, dataset: Dataset, device: torch.device) -> Any:
     """The file for trials of this model, shape and batch on this device with this torch."""
-    from ..evaluation.cache import cache_folder
+    from ..cache import cache_folder
 
     training = recipe.training
     key = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..errors import UndiffuseError
+from .errors import UndiffuseError
 
 
 def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
