@@ -11,7 +11,7 @@ from undiffuse.errors import UndiffuseError
 from undiffuse.networks import NETWORKS, build, sized
 from undiffuse.pipeline import REGISTRIES
 from undiffuse.training import Trainer
-from undiffuse.training.muon import SIZE, Muon, matrices_of, polar
+from undiffuse.training.muon import NEWTON_SCHULZ, SIZE, STEPS, Muon, matrices_of, polar
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 144), (96, 20), (3, 16, 40)])
@@ -24,6 +24,19 @@ def test_polar_keeps_the_singular_vectors_and_evens_the_values(shape: tuple[int,
     assert bool(((values > 0.6) & (values < 1.25))[kept].all())
     assert float((found - torch.diag_embed(values)).abs().max()) < 1e-3
     assert torch.equal(polar(torch.zeros(shape)), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 144), (96, 20)])
+def test_polar_is_the_plain_iteration(shape: tuple[int, ...]) -> None:
+    source = torch.Generator().manual_seed(0)
+    p, _, q = torch.linalg.svd(torch.randn(shape, generator=source), full_matrices=False)
+    x = p @ torch.diag(torch.logspace(0, -4, len(q))) @ q
+    plain = (x / x.norm()).double()
+    for _ in range(STEPS):
+        a, b, c = NEWTON_SCHULZ
+        square = plain @ plain.mT
+        plain = a * plain + (b * square + c * square @ square) @ plain
+    assert torch.allclose(polar(x).double(), plain, atol=5e-4)
 
 
 def make(*, momentum: float = 0.9, weight_decay: float = 0.0) -> tuple[torch.nn.Parameter, torch.nn.Parameter, Muon]:

@@ -37,9 +37,14 @@ def polar(matrices: Tensor) -> Tensor:
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
+    # Every step multiplies x by a polynomial of its own x x^T, which is small: so x itself is touched but twice.
+    square = x @ x.mT
+    product = one = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     for _ in range(STEPS):
-        square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        factor = a * one + b * square + c * square @ square
+        product = factor @ product
+        square = factor @ square @ factor
+    x = product @ x
     return x.mT if tall else x
 
 
