@@ -119,7 +119,7 @@ def test_the_64_pixel_version_is_the_same_picture() -> None:
     halved = large.values([3, 4]).reshape(2, 32, 2, 32, 2, 3).astype(float).mean((2, 4))
     assert np.abs(halved - small.values([3, 4])).mean() < 2
     assert large.captions([3]) == small.captions([3])
-    with pytest.raises(UndiffuseError, match="32x32 or 64x64"):
+    with pytest.raises(UndiffuseError, match="32x32, 64x64 or 128x128"):
         open_dataset("shapes", image_size=48)
 
 

@@ -1,0 +1,144 @@
+"""Latents: a model of the pixels against one of the latents, on pictures with captions, at equal computation.
+
+    python benchmarks/latents.py [--side 128] [--minutes 7] [--codec-minutes 4] [--out FOLDER]
+
+Minutes are CPU time of this process (one thread), so that other work on the machine makes it longer but not worse. The
+codec's own training, and encoding the data once, are stated apart. Both models have the same recipe, the same widths
+and the same number of updates a second of computation as they allow; attributes are read from the samples by the
+checker of the data set. Writes latents.json, pixels.png, latents.png, codec.png and the run folders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from undiffuse import Pipeline
+from undiffuse.codecs import Codec
+from undiffuse.config import override
+from undiffuse.data import Dataset
+from undiffuse.data.latents import Latents
+from undiffuse.data.shapes import Shapes, score
+from undiffuse.networks import build, describe
+from undiffuse.outputs import tile, write_png
+from undiffuse.pipeline import REGISTRIES
+from undiffuse.training import Trainer, make_recipe, run_training
+from undiffuse.training.recipe import Plan, Recipe, with_length
+
+ITEMS = 12_000
+PROMPTS = 200
+
+
+def planned(data: Dataset, recipe: Recipe, minutes: float) -> Recipe:
+    """The recipe with as many updates as fit into so many minutes of CPU time, measured on thirty of them."""
+    trainer = Trainer(data, recipe, plan=Plan(None))
+    for _ in range(5):
+        trainer.update()
+    begun = time.process_time()
+    for _ in range(30):
+        trainer.update()
+    each = (time.process_time() - begun) / 30
+    return with_length(recipe, steps=max(50, int(60 * minutes / each)), images=None, batch_size=None)
+
+
+def learned(data: Dataset, recipe: Recipe, out: Path, minutes: float) -> dict[str, float]:
+    """Train, or go on; CPU seconds and images."""
+    done = out / "cpu.json"
+    if not done.is_file():
+        plan = out.with_suffix(".images")
+        if not plan.is_file():
+            plan.parent.mkdir(parents=True, exist_ok=True)
+            plan.write_text(str(planned(data, recipe, minutes).training.images))
+        begun = time.process_time()
+        result = run_training(
+            data,
+            with_length(recipe, steps=None, images=int(plan.read_text()), batch_size=None),
+            out,
+            device="cpu",
+            say=lambda line: print(line, flush=True),
+        )
+        done.write_text(json.dumps({"cpu_seconds": time.process_time() - begun, "images": result.images}))
+    return json.loads(done.read_text())
+
+
+def quiet(recipe: Recipe, *settings: str) -> Recipe:
+    """Little beside training: no held-out loss, few previews."""
+    common = ["training.preview_every=0", "training.checkpoint_every=500", "training.precision=float32"]
+    return override(recipe, [*common, *settings], REGISTRIES)
+
+
+def judged(model: Pipeline, data: Dataset, picture: Path) -> dict[str, object]:
+    """CPU seconds a picture, and the share of pictures in which each attribute is as the caption says."""
+    assert data.texts is not None
+    prompts = [data.texts[i] for i in range(len(data) - PROMPTS, len(data))]
+    begun = time.process_time()
+    values = model.sample(PROMPTS, prompts=prompts, seed=1)
+    seconds = (time.process_time() - begun) / PROMPTS
+    write_png(picture, tile(list(values[:32]), 8))
+    return {"seconds": seconds, "accuracy": dict(score(values, prompts))}
+
+
+def call(model: Pipeline, fold: int | None = None) -> dict[str, float]:
+    """Parameters, FLOPs and milliseconds of one network call for one sample (median of ten in batches of 8)."""
+    config = dict(model.config.network_config) | ({} if fold is None else {"fold": fold})
+    network = build(model.config.network, config).eval()
+    cost = describe(network, model.shape)
+    x, label = torch.randn(8, *model.shape), torch.full((8,), 500.0)
+    cond = model.denoiser.encode(model.denoiser.null(8), 8)
+    times = []
+    with torch.no_grad():
+        for _ in range(11):
+            begun = time.process_time()
+            network(x, label, **cond)
+            times.append((time.process_time() - begun) / 8)
+    return {"parameters": cost.parameters, "gflop": cost.flops / 1e9, "ms": 1e3 * statistics.median(times[1:])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=128)
+    parser.add_argument("--minutes", type=float, default=7)
+    parser.add_argument("--codec-minutes", type=float, default=4)
+    parser.add_argument("--out", type=Path, default=Path("latents"))
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    data, out = Shapes(0, asked.side, ITEMS), asked.out
+
+    recipe = quiet(make_recipe("autoencoder", data.spec, len(data)), "training.evaluate_every=1000")
+    found: dict[str, object] = {"codec": learned(data, recipe, out / "codec", asked.codec_minutes)}
+    codec = Codec.load(out / "codec")
+    begun = time.process_time()
+    latents = Latents(data, codec, cache=out / "cache")
+    found["encoding_cpu_seconds"] = time.process_time() - begun
+    x = data.batch(range(len(data) - 16, len(data)))[0]
+    begun = time.process_time()
+    with torch.no_grad():
+        y = codec.decode(codec.encode(x))
+    found["codec_ms"] = 1e3 * (time.process_time() - begun) / 16
+    found["psnr"] = float((10 * (4 / (x - y).square().flatten(1).mean(1)).log10()).mean())
+    write_png(out / "codec.png", tile([*data.spec.to_images(x[:8]), *data.spec.to_images(y[:8])], 8))
+    captions = [data.texts[i] for i in range(len(data) - PROMPTS, len(data))]
+    values = data.values(range(len(data) - PROMPTS, len(data)))
+    again = data.spec.to_data(codec.decode(codec.encode(data.spec.to_model(values))))
+    found["checker"] = {"data": dict(score(values, captions)), "reconstructed": dict(score(again, captions))}
+
+    for name, each in (("latents", latents), ("pixels", data)):
+        chosen = quiet(make_recipe("text", each.spec, len(each)), "training.evaluate_every=0")
+        chosen = replace(chosen, name=f"text on {name}")
+        run = learned(each, chosen, out / name, asked.minutes)
+        model = Pipeline.load(out / name)
+        found[name] = {**run, **judged(model, data, out / f"{name}.png"), "call": call(model)}
+        if name == "pixels":
+            found["folds"] = {fold: call(model, fold) for fold in (1, 2, 4, 8)}
+        (out / "latents.json").write_text(json.dumps(found, indent=1))
+        print(json.dumps(found, indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()
