@@ -75,8 +75,7 @@ def quiet(recipe: Recipe, *settings: str) -> Recipe:
 
 def judged(model: Pipeline, data: Dataset, picture: Path) -> dict[str, object]:
     """CPU seconds a picture, and the share of pictures in which each attribute is as the caption says."""
-    assert data.texts is not None
-    prompts = [data.texts[i] for i in range(len(data) - PROMPTS, len(data))]
+    prompts = data.captions(range(len(data) - PROMPTS, len(data))) or []
     begun = time.process_time()
     values = model.sample(PROMPTS, prompts=prompts, seed=1)
     seconds = (time.process_time() - begun) / PROMPTS
@@ -123,7 +122,7 @@ def main() -> None:
     found["codec_ms"] = 1e3 * (time.process_time() - begun) / 16
     found["psnr"] = float((10 * (4 / (x - y).square().flatten(1).mean(1)).log10()).mean())
     write_png(out / "codec.png", tile([*data.spec.to_images(x[:8]), *data.spec.to_images(y[:8])], 8))
-    captions = [data.texts[i] for i in range(len(data) - PROMPTS, len(data))]
+    captions = data.captions(range(len(data) - PROMPTS, len(data))) or []
     values = data.values(range(len(data) - PROMPTS, len(data)))
     again = data.spec.to_data(codec.decode(codec.encode(data.spec.to_model(values))))
     found["checker"] = {"data": dict(score(values, captions)), "reconstructed": dict(score(again, captions))}

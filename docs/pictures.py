@@ -482,6 +482,31 @@ def shapes() -> plt.Figure:
     return figure
 
 
+def latents() -> plt.Figure:
+    """Encode, diffuse, decode: with the codec whose every result is known, which averages blocks."""
+    picture = torch.from_numpy(Shapes(0, 128).values([4])[0].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    z = torch.nn.functional.avg_pool2d(picture, 8)
+    noise = Streams(0, 1).draw(tuple(z.shape[1:]))
+    noisy = [Flow()(t).mix(z, noise) for t in (1.0, 0.6, 0.3)]
+    grown = torch.nn.functional.interpolate(z, scale_factor=8, mode="bilinear")
+    figure, axes = plt.subplots(1, 6, figsize=(12, 2.5), width_ratios=[1.6, 1, 1, 1, 1, 1.6])
+    titles = ["data", "latents", "t = 1", "t = 0.6", "t = 0.3", "decoded"]
+    for axis, title, x in zip(axes, titles, [picture, z, *noisy, grown], strict=True):
+        axis.imshow(((x[0] + 1) / 2).clamp(0, 1).permute(1, 2, 0), interpolation="nearest")
+        axis.set(title=title, xticks=[], yticks=[], xlabel="x".join(map(str, x.shape[2:])))
+    for axis, text in ((axes[0], "encode"), (axes[1], "learn"), (axes[4], "decode")):
+        axis.annotate(
+            text,
+            (1.24, 0.5),
+            (1.03, 0.5),
+            xycoords="axes fraction",
+            va="center",
+            fontsize=8,
+            arrowprops={"arrowstyle": "->"},
+        )
+    return figure
+
+
 PICTURES: dict[str, Callable[[], plt.Figure]] = {
     "levels": levels,
     "schedules": schedules,

@@ -992,6 +992,10 @@ def find_pipeline(path: str | Path) -> Path:
     for folder in (path, path / "model", Path("runs") / path / "model"):
         if (folder / "pipeline.json").is_file():
             return folder
+    if any((folder / FILE).is_file() for folder in (path, path / "model", Path("runs") / path / "model")):
+        raise UndiffuseError(
+            f"{path}: a codec makes no samples; train in its latents: undiffuse train DATA --codec {path}"
+        )
     if not path.exists():
         raise UndiffuseError(f"{path}: no such model; `undiffuse ls` lists the runs")
     if path.is_file():

@@ -42,11 +42,19 @@ def test_sizes_that_do_not_divide_are_refused_with_what_to_do(shape: tuple[int, 
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"factor": 6}, {"factor": 4, "fold": 8}, {"widths": [8], "blocks": [1]}, {"codebook": 1}, {"rank": 4}]
+    "wrong",
+    [
+        {"factor": 6},
+        {"factor": 4, "fold": 8},
+        {"widths": [8], "blocks": [1]},
+        {"codebook": 1},
+        {"rank": 4},
+        {"blocks": [10**9, 1, 1]},
+    ],
 )
 def test_arguments_that_do_not_fit_each_other_are_refused(wrong: dict) -> None:
     with pytest.raises(UndiffuseError):
-        Autoencoder(**{"channels": 3, "fold": 1, **wrong})
+        CODECS["autoencoder"]({"channels": 3, "fold": 1, **wrong})
 
 
 def test_a_position_is_normed_alone() -> None:

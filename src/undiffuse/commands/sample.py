@@ -68,6 +68,7 @@ def sample(
     seed: int | None = None,
     batch_size: int | None = None,
     rows: int | None = None,
+    tile: int | None = None,
     out: AnyPath | None = None,
     from_: Annotated[AnyPath | None, tyro.conf.arg(name="from")] = None,
     device: str = "auto",
@@ -95,6 +96,7 @@ def sample(
         batch_size: Samples computed together (default 64); changes a sample by rounding only.
         rows: Fill every network call up to so many rows, as `undiffuse serve --exact --rows N` does: on a CPU the
             samples are then the server's to the last bit.
+        tile: Decode a model's latents in tiles of so many positions a side, for pictures that do not fit into memory.
         out: A .png grid, a .npy array of shape [N, data shape] in the data's own units and dtype, a .gif or .webp of
             the trajectory, or a folder with one file a sample. Sounds: a .wav with one after another, or a folder of
             them. Points: a .csv. (Default: samples, as what the data is.)
@@ -106,6 +108,7 @@ def sample(
     Raises:
         UndiffuseError: a model that cannot be loaded, an option out of range, a name that does not exist.
     """
+    from ..codecs import Tiling
     from ..config import override
     from ..distributed import joined
     from ..outputs import check_target, describe, made_by, suffixes, write_attention, write_samples
@@ -125,6 +128,7 @@ def sample(
         "seed": seed,
         "batch_size": batch_size,
         "rows": rows,
+        "tile": tile,
         "set": list(set) or None,
     }
     made = made_by(Path(from_)) if from_ is not None else None
@@ -148,6 +152,10 @@ def sample(
             rows_of, away = (parse_rows(options.get(name, ()), pipeline, name) for name in ("cond", "against"))
             if attention is not None and (not asked or Path(attention).suffix.lower() != ".png"):
                 raise UndiffuseError("--attention names a .png and needs a --prompt, to whose words it is")
+            if "tile" in options:
+                if pipeline.codec is None:
+                    raise UndiffuseError("--tile is for models in latents; this one makes the data themselves")
+                pipeline.tiling = Tiling(options["tile"])
             target = Path(out or f"samples{suffixes(pipeline.spec)[0]}")
             told: dict[str, Any] = {"prompts": asked, "negative_prompt": negative, "cond": rows_of, "against": away}
             pipeline.begin([0], classes=chosen, sampling=settings, **told)  # refuses

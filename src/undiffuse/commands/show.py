@@ -22,6 +22,8 @@ undiffuse show runs/demo/model     a saved model alone
 undiffuse show demo --json         everything, for a program
 """
 
+CODEC = "codec.safetensors"
+
 
 @dataclass(frozen=True)
 class Model:
@@ -105,7 +107,7 @@ def report(shown: Shown) -> str:
             f"model  {model.path}",
             f"  parameters    {short_count(model.parameters)} in {model.tensors} tensors, {', '.join(model.dtypes)}, "
             + short_bytes(model.size_bytes),
-            f"  terminal SNR  {snr}",
+            *([f"  terminal SNR  {snr}"] if "model" in model.pipeline else []),
             *_tree(model.pipeline),
         ]
     if shown.config:
@@ -124,7 +126,7 @@ def report(shown: Shown) -> str:
 def find(path: Path) -> Path:
     """The folder of a run or a model: the path itself, or the name of a run in ./runs."""
     for folder in (path, Path("runs") / path):
-        if is_run(folder) or (folder / "pipeline.json").is_file():
+        if is_run(folder) or (folder / "pipeline.json").is_file() or (folder / CODEC).is_file():
             return folder
     if not path.exists():
         raise UndiffuseError(f"{path}: no such run or model; `undiffuse ls` lists the runs")
@@ -132,13 +134,20 @@ def find(path: Path) -> Path:
 
 
 def read_model(folder: Path) -> Model:
-    """Describe a pipeline's folder from its JSON and the header of its weights; no weight is loaded."""
+    """Describe a pipeline's folder, or a codec's, from its JSON and the header of its weights; no weight is loaded."""
+    if (folder / CODEC).is_file():
+        from ..codecs import codec_meaning
+
+        return _described(folder, folder / CODEC, codec_meaning(folder / CODEC), None)
     pipeline = load_json(folder / "pipeline.json")
     if not isinstance(pipeline, dict):
         raise UndiffuseError(f"{folder / 'pipeline.json'}: must be a JSON object")
+    return _described(folder, folder / "model.safetensors", pipeline, _terminal_snr(pipeline))
+
+
+def _described(folder: Path, weights: Path, stated: dict[str, Any], terminal_snr: float | None) -> Model:
     from ..weights import read_header
 
-    weights = folder / "model.safetensors"
     header = read_header(weights)
     return Model(
         path=folder,
@@ -146,8 +155,8 @@ def read_model(folder: Path) -> Model:
         tensors=len(header.shapes),
         dtypes=tuple(sorted(set(header.dtypes.values()))),
         size_bytes=weights.stat().st_size,
-        pipeline=pipeline,
-        terminal_snr=_terminal_snr(pipeline),
+        pipeline=stated,
+        terminal_snr=terminal_snr,
     )
 
 

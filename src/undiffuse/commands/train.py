@@ -241,6 +241,8 @@ def prepare(
     spec = dataset.spec if inner is None else latent_spec(dataset.spec, inner)
     chosen = make_recipe(recipe, spec, len(dataset), model_size)
     chosen = override(chosen, set, REGISTRIES)
+    if inner is not None and chosen.codec is not None:
+        raise UndiffuseError("a codec of latents: train it on the data, without --codec")
     if inner is not None:
         with bar(f"encoding {dataset.name}") as progress:
             dataset = Latents(dataset, inner, chosen.augment, progress=progress)

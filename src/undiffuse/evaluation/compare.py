@@ -303,6 +303,9 @@ def run_comparison(
     out = Path(out)
     if len(arms) < 2:
         raise UndiffuseError("a comparison needs two arms or more: name two recipes, or --vary path=one,other")
+    for arm in arms:
+        if arm.recipe.codec is not None:
+            raise UndiffuseError(f"{arm.name} learns a codec, which makes no samples: there is nothing to compare")
     for a, b in combinations(arms, 2):
         if settings_of(a.recipe) == settings_of(b.recipe):
             raise UndiffuseError(f"{a.name} and {b.name} are the same recipe: there is nothing to compare")

@@ -26,6 +26,7 @@ from .. import __version__
 from ..config import write_json_atomic
 from ..data import Dataset
 from ..data.base import ArrayDataset, digest
+from ..data.latents import latent_spec
 from ..distributed import ALONE, Team
 from ..errors import UndiffuseError, choose
 from ..objectives import Stratified, UniformTimes
@@ -387,7 +388,7 @@ def _losses(
     except UndiffuseError as error:
         notes.append(f"the loss by noise level was not measured: {error}")
         return None
-    held = HeldOut(items, recipe, device)
+    held = HeldOut(items if pipeline.codec is None else _latents(pipeline, items), recipe, device)
     losses = held.losses(pipeline.denoiser)
     bands = losses.reshape(len(held.bands(losses)), -1)
     return {
@@ -439,6 +440,13 @@ def _translated(pipeline: Pipeline, data: Dataset, most: int) -> ArrayDataset:
     if data.labels is not None and set(data.spec.classes) <= set(names):
         labels = np.array([names[name] for name in data.spec.classes])[data.labels[rows]]
     return ArrayDataset(pipeline.spec, values, labels, name=data.name)
+
+
+def _latents(pipeline: Pipeline, items: ArrayDataset) -> ArrayDataset:
+    """What the denoiser sees of items, in memory."""
+    assert pipeline.codec is not None
+    z = pipeline.encode(items.batch(range(len(items)))[0]).cpu().numpy()
+    return ArrayDataset(latent_spec(items.spec, pipeline.codec), z, items.labels, name=items.name)
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

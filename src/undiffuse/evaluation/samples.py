@@ -96,7 +96,8 @@ def open_model(path: str | os.PathLike[str], device: str) -> Judgeable:
         stated = load_json(run / "config.json")
         held_out = "held_out" in stated  # earlier versions held nothing out
         recipe = from_json(Recipe, stated["recipe"], str(run / "config.json"), REGISTRIES) if held_out else None
-        return Judgeable(pipeline, folder, run, recipe, str(stated["dataset"]["fingerprint"]))
+        trained_on = stated["dataset"].get("original", stated["dataset"]["fingerprint"])  # latents are of something
+        return Judgeable(pipeline, folder, run, recipe, str(trained_on))
     except (UndiffuseError, OSError, KeyError, TypeError):
         return Judgeable(pipeline, folder, run if (run / "config.json").is_file() else None)
 

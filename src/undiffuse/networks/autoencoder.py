@@ -23,6 +23,9 @@ from ..codecs import Codec, folded_shape
 from ..errors import UndiffuseError, choose
 from .layers import check_levels, check_sizes, convolution, fold, unfold, wide, zeroed
 
+MOST_BLOCKS = 1000
+"""A file that asks for more is refused before its shapes are looked at."""
+
 
 class PositionNorm(nn.Module):
     """``w * x / sqrt(mean over channels of x^2)`` at each position (Zhang & Sennrich 2019, RMSNorm)."""
@@ -100,6 +103,8 @@ class Autoencoder(Codec):
                 f"an autoencoder of factor {factor} with fold {fold} halves log2({factor}/{fold}) times: factor / fold "
                 f"must be a power of two, with one more of widths, got {len(widths)}"
             )
+        if sum(blocks) > MOST_BLOCKS:
+            raise UndiffuseError(f"{sum(blocks):,} blocks asked for, at most {MOST_BLOCKS:,} are built")
         if codebook < 0 or codebook == 1:
             raise UndiffuseError(f"codebook={codebook} must be 0 (continuous latents) or at least 2 vectors")
         config: dict[str, Any] = {

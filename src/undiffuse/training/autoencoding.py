@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, final
 
@@ -194,9 +195,6 @@ class Autoencoding(Task):
             if moment.shape == book.shape:
                 moment[dead] = 0
 
-    def examine(self, trainer: Trainer, module: Any, x0: Tensor, given: dict[str, Tensor]) -> None:
-        pass
-
     def product(self, trainer: Trainer, module: Any, info: Mapping[str, Any]) -> Trained:
         return Trained(self, module, info, MEASURED if trainer.finished else MEASURED // 10)
 
@@ -260,7 +258,7 @@ class Trained:
         if weights is not None:
             learner.load_state_dict(dict(weights))
         codec, data = learner.codec.eval().requires_grad_(False), self.task.dataset
-        codec.spec, codec.info = data.spec, self.info
+        codec.spec, codec.info = replace(data.spec, classes=(), vocabulary=()), self.info
         measure(codec, self._batches(), data.name)
         return codec.save(folder)
 

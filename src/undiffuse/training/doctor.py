@@ -671,8 +671,10 @@ def examine(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UndiffuseWarning)  # they are findings here
         # The trial comes first, so that its memory is that of training.
-        tried = [] if quick else list(trial(patient))
-        found = [finding for check in (*DATA, *PLAN) for finding in check(patient)]
+        denoises = recipe.codec is None
+        tried = list(trial(patient)) if denoises and not quick else []
+        found = [finding for check in DATA for finding in check(replace(patient, dataset=dataset.original))]
+        found += [finding for check in (PLAN if denoises else (check_disk,)) for finding in check(patient)]
         if minutes is None or quick:
             found += [*check_learning_rate(patient), *check_average(patient)]
     return (*found, *tried)
@@ -686,5 +688,7 @@ def glance(
     Terminal SNR, average and levels are left out: denoiser, trainer and header warn of them.
     """
     patient = Patient(dataset, recipe, minutes=minutes, out=out, most=512, seconds=0.2)
-    checks: tuple[Check, ...] = (*(each for each in DATA if each is not check_files), check_disk, check_learning_rate)
-    return [finding for check in checks for finding in check(patient) if finding.light != "green"]
+    seen = replace(patient, dataset=dataset.original)
+    found = [finding for check in DATA if check is not check_files for finding in check(seen)]
+    found += [*check_disk(patient), *check_learning_rate(patient)]
+    return [finding for finding in found if finding.light != "green"]

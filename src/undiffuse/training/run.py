@@ -272,13 +272,15 @@ class _Run:
             recipe = speed.as_before(recipe, found.state)
         tried = time.monotonic() - begun
         self.recipe = recipe
-        self.identity = {
+        self.identity: dict[str, Any] = {
             "recipe": to_json(recipe, REGISTRIES),
             "seed": seed,
             "minutes": minutes,
             "dataset": {"fingerprint": dataset.fingerprint, "items": len(dataset), "spec": dataset.spec.to_json()},
             "held_out": None if held_out is None else {"fingerprint": held_out.fingerprint, "items": len(held_out)},
         }
+        if dataset.codec is not None:
+            self.identity["dataset"] |= {"original": dataset.original.fingerprint}
         changes = [] if found is None else self._changes(found, change)
         self.leader = leader
         self.trainer = leader.build(speed.settled(recipe))
