@@ -8,7 +8,8 @@ count; judging does not. By default one thread computes, as threads that wait fo
 
 The figure is the Frechet distance of samples to the 10,000 test digits in the features of a classifier of real ones
 (`undiffuse evaluate`'s own), and its multiple of the floor, which is what as many real training digits have. Classes
-are asked for in the shares that they have in the training data.
+are asked for in the shares that they have in the training data. A call is one pass of the network for one sample: a
+guided step is two.
 
 The reference is diffusers' UNet2DModel of 0.99 M parameters, its DDPM schedule (linear betas, predicted noise), AdamW
 1e-4, weight decay 0.01, gradients clipped to 1, batches of 128, its EMAModel, DPM-Solver++ with 20 calls. It knows no
@@ -39,8 +40,9 @@ from undiffuse.data import Dataset
 from undiffuse.evaluation.extraction import as_data, extract, make_features, pick, reference_features
 from undiffuse.evaluation.features import Features
 from undiffuse.evaluation.frechet import frechet
-from undiffuse.pipeline import REGISTRIES
-from undiffuse.training import Trainer, make_recipe
+from undiffuse.pipeline import REGISTRIES, Sampling
+from undiffuse.schedules import Schedule
+from undiffuse.training import Trainer, make_recipe, speed
 from undiffuse.training.draws import batch_indices
 from undiffuse.training.recipe import Plan, Recipe
 
@@ -111,13 +113,28 @@ class Judge:
 def train_ours(data: Dataset, recipe: Recipe, seconds: float, seed: int) -> tuple[Pipeline, dict[str, float]]:
     """The recipe's averaged weights after so many CPU seconds. The learning rate follows the share that is spent: the
     plan's length is what the speed so far allows."""
-    trainer = Trainer(data, recipe, seed=seed, plan=Plan(None))
     budget, settled = Budget(seconds), 50  # the first updates are slow, and say little of the speed
+    recipe, why = speed.choose(data, recipe, seed=seed, minutes=seconds / 60)
+    if why:
+        print(f"  {why}", file=sys.stderr)
+    trainer = Trainer(data, recipe, seed=seed, plan=Plan(None))
     for step, share in budget.updates():
         if step >= settled:
             trainer.plan = Plan(max(trainer.images + 1, round(trainer.images / share)))
         trainer.update()
-    return trainer.pipeline(), spent(budget, trainer.images)
+    used = spent(budget, trainer.images)
+    return trainer.pipeline({"used": used}), used
+
+
+def calls_of(sampling: Sampling, schedule: Schedule) -> int:
+    """How often the network is called for one sample by a solver of one call a step."""
+    return sum(sum(sampling.halves(level)) for level in sampling.grid.levels(schedule, sampling.steps)[:-1])
+
+
+def within(calls: int, sampling: Sampling, schedule: Schedule) -> Sampling:
+    """``sampling`` with as many steps as so many network calls allow."""
+    choices = (replace(sampling, steps=steps) for steps in range(calls, 0, -1))
+    return next(choice for choice in choices if calls_of(choice, schedule) <= calls)
 
 
 def spent(budget: Budget, images: int) -> dict[str, float]:
@@ -215,7 +232,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--cache", type=Path, help="where the classifier is kept")
-    parser.add_argument("--keep", type=Path, help="write the trained models here")
+    parser.add_argument("--keep", type=Path, help="write the trained models here, or judge those that are there")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -237,12 +254,17 @@ def main() -> None:
             options.out.write_text(json.dumps(kept, indent=1) + "\n")
 
     for minutes in options.minutes:
-        pipeline, used = train_ours(data, recipe, minutes * 60 * CORES, options.seed)
-        if options.keep:
-            pipeline.save(options.keep / f"{options.recipe}-{minutes:g}")
+        kept = options.keep and options.keep / f"{options.recipe}-{minutes:g}"
+        if kept and kept.exists():
+            pipeline = Pipeline.load(kept)
+            used = pipeline.info["used"]
+        else:
+            pipeline, used = train_ours(data, recipe, minutes * 60 * CORES, options.seed)
+            if kept:
+                pipeline.save(kept)
         found = {}
         for calls in options.calls:
-            sampling = replace(pipeline.sampling, steps=calls)
+            sampling = within(calls, recipe.sampling, pipeline.denoiser.schedule)
             x = pipeline.draw(options.samples, classes=judge.classes(options.samples), sampling=sampling)
             found[calls] = judge.distance(data.spec.to_data(x))
         note(f"{options.recipe}, {minutes:g} minutes", used, found)
