@@ -164,8 +164,7 @@ class Denoiser(nn.Module):
 
     def output(self, x: Tensor, level: Level, **cond: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the network says, ``y`` in x's type, and the learned variance's place in [0, 1] (None without one)."""
-        scaled, label, encoded = self._inputs(x, level, cond)
-        return self._split(self.network(scaled, label, **encoded), x)
+        return self._split(self._ask([x], [level], cond), x)
 
     def together(
         self, questions: Sequence[tuple[Tensor, Level, Mapping[str, Tensor]]], rows: int | None = None
@@ -180,28 +179,35 @@ class Denoiser(nn.Module):
         if rows is not None and count > rows:
             raise UndiffuseError(f"{count} rows asked for in a call of {rows}")
 
-        def joined(parts: Sequence[Tensor]) -> Tensor:
-            more = [] if rows is None else [parts[0][:1].expand(rows - count, *parts[0].shape[1:])]
-            return torch.cat([*parts, *more])
-
-        scaled, labels, encoded = zip(*(self._inputs(x, level, cond) for x, level, cond in questions), strict=True)
-        extra = {name: joined([each[name] for each in encoded]) for name in encoded[0]}
-        answers = self.network(joined(scaled), joined(labels), **extra)[:count].split([len(x) for x, _, _ in questions])
+        for _, _, cond in questions:
+            self._check_names(cond)
+        xs, levels, conds = zip(*questions, strict=True)
+        together = {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
+        answers = self._ask(xs, levels, together, rows)[:count].split([len(x) for x in xs])
         estimates = []
-        for y, (x, level, _) in zip(answers, questions, strict=True):
+        for y, x, level in zip(answers, xs, levels, strict=True):
             y, variance = self._split(y, x)
             estimates.append(self.prediction.estimate(x, y, level, variance))
         return estimates
 
-    def _inputs(self, x: Tensor, level: Level, cond: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """What the network is called with: x, label, and what the conditions encode to."""
-        encoded = self.encode(cond, x.shape[0])
-        dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
-        scaled = combine((self.input_scale(level), x))
+    def _ask(
+        self, xs: Sequence[Tensor], levels: Sequence[Level], cond: Mapping[str, Tensor], rows: int | None = None
+    ) -> Tensor:
+        """One network call for several x, each at a level of its own, filled up to ``rows``."""
+        count = sum(len(x) for x in xs)
+
+        def joined(parts: Sequence[Tensor]) -> Tensor:
+            more = [] if rows is None else [parts[0][:1].expand(rows - count, *parts[0].shape[1:])]
+            return torch.cat([*parts, *more]) if len(parts) + len(more) > 1 else parts[0]
+
+        numbers = torch.promote_types(xs[0].dtype, torch.float32)
+        labels = [self.label(level).to(numbers).expand(len(x)) for x, level in zip(xs, levels, strict=True)]
+        scaled = joined([combine((self.input_scale(level), x)) for x, level in zip(xs, levels, strict=True)])
+        encoded = self.encode({name: joined([values]) for name, values in cond.items()}, len(scaled))
         if (beside := encoded.pop("channels", None)) is not None:
             scaled = torch.cat([scaled, beside.to(scaled)], dim=1)
-        label = to_device(self.label(level).to(torch.promote_types(x.dtype, torch.float32)), x.device)
-        return scaled.to(dtype), label.expand(x.shape[0]), encoded
+        dtype = next((p.dtype for p in self.network.parameters()), scaled.dtype)
+        return self.network(scaled.to(dtype), to_device(joined(labels), scaled.device), **encoded)
 
     def _split(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The network's answer for ``x`` as ``(y, variance)``."""
@@ -219,6 +225,10 @@ class Denoiser(nn.Module):
 
     def encode(self, cond: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
         """What the network takes for these conditions; checks that exactly the model's own are given."""
+        self._check_names(cond)
+        return {} if self.conditions is None else self.conditions.encode(cond, batch)
+
+    def _check_names(self, cond: Mapping[str, Tensor]) -> None:
         names = () if self.conditions is None else self.conditions.names
         for name in cond:
             if name not in names:
@@ -227,7 +237,6 @@ class Denoiser(nn.Module):
             raise UndiffuseError(
                 f"this model is conditional: pass {', '.join(missing)}, or **denoiser.null(batch) for none"
             )
-        return {} if self.conditions is None else self.conditions.encode(cond, batch)
 
     def null(self, batch: int) -> dict[str, Tensor]:
         """The raw conditions that ask for nothing in particular."""

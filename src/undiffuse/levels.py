@@ -94,6 +94,12 @@ class Level:
         """``log(alpha^2 / sigma^2)``; +inf at sigma = 0, -inf at alpha = 0."""
         return 2 * (self.alpha.log() - self.sigma.log())
 
+    def twice(self) -> Level:
+        """The level of a batch that is laid behind itself."""
+        if not self.t.ndim:
+            return self
+        return Level(self.t.repeat(2), self.alpha.repeat(2), self.sigma.repeat(2), self.path)
+
     @property
     def snr(self) -> Tensor:
         """``alpha^2 / sigma^2``, inf at sigma = 0."""
@@ -138,6 +144,10 @@ class Estimate:
     x0: Tensor
     eps: Tensor
     variance: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> Estimate:
+        """What is believed about some of the samples."""
+        return Estimate(self.x0[rows], self.eps[rows], None if self.variance is None else self.variance[rows])
 
     def at(self, level: Level) -> Tensor:
         """What x would be at ``level`` if these beliefs held, ``alpha * x0 + sigma * eps``, in x0's own type."""

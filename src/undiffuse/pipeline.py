@@ -17,7 +17,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Protocol, final
@@ -178,15 +178,19 @@ class Question:
     against: Mapping[str, Tensor]
     sampling: Sampling
 
-    def parts(self) -> list[tuple[Tensor, Level, Mapping[str, Tensor]]]:
-        """What the network must be asked for it: one or two questions of B rows."""
+    @cached_property
+    def asked(self) -> tuple[Tensor, Level, Mapping[str, Tensor]]:
+        """What the network must be asked for it: B rows; 2 B where guidance takes two, the conditional first."""
         with_cond, without = self.sampling.halves(self.level)
-        wanted = [self.cond] * with_cond + [self.against] * without
-        return [(self.x, self.level, cond) for cond in wanted]
+        if not (with_cond and without):
+            return self.x, self.level, self.cond if with_cond else self.against
+        both = {name: torch.cat([values, self.against[name]]) for name, values in self.cond.items()}
+        return torch.cat([self.x, self.x]), self.level.twice(), both
 
-    def answer(self, estimates: Sequence[Estimate]) -> Estimate:
-        """The guided estimate from those of :meth:`parts`."""
-        first, last = estimates[0], estimates[-1]
+    def answer(self, estimate: Estimate) -> Estimate:
+        """The guided estimate from that of :meth:`asked`."""
+        count = len(self.x)
+        first, last = estimate[:count], estimate[-count:]
         return guided(lambda x, level: first, lambda x, level: last, self.sampling)(self.x, self.level)
 
 
@@ -258,9 +262,8 @@ def checked_keep(keep: Tensor, image: Tensor) -> Tensor:
 def answer_together(denoiser: Denoiser, questions: Sequence[Question], rows: int | None = None) -> list[Estimate]:
     """The answers to several questions, each with guidance of its own, by one network call. ``rows``: see
     :meth:`.Denoiser.together`."""
-    parts = [question.parts() for question in questions]
-    estimates = iter(denoiser.together([part for each in parts for part in each], rows))
-    return [question.answer([next(estimates) for _ in each]) for question, each in zip(questions, parts, strict=True)]
+    estimates = denoiser.together([question.asked for question in questions], rows)
+    return [question.answer(estimate) for question, estimate in zip(questions, estimates, strict=True)]
 
 
 class Home(Protocol):

@@ -421,7 +421,7 @@ class Engine:
         loaded = self.models[batch[0].request.model]
         pipeline = loaded.pipeline
         questions = [job.question for job in batch if job.question is not None]
-        rows = sum(len(question.x) * len(question.parts()) for question in questions)
+        rows = sum(len(question.asked[0]) for question in questions)
         begun = time.monotonic()
         try:
             with torch.no_grad():
