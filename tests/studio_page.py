@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import uvicorn
 from PIL import Image
 
 from undiffuse.pipeline import Pipeline
 from undiffuse.serving.engine import Engine
-from undiffuse.serving.server import Door, Limits, Service, create_app, names_of
+from undiffuse.serving.server import Limits, Service, server_of
 from undiffuse.studio.app import MODEL, Studio, routes
 from undiffuse.studio.runs import Runs
 
@@ -139,19 +138,14 @@ def running(
     sources = {name: partial(Pipeline.load, folder) for name, folder in folders.items()}
     service = Service(Engine(rows=32), sources, Limits(json=20_000_000))
     studio = Studio(service, folders, Runs(runs or {}, around))
-    config = uvicorn.Config(app=lambda scope: None, host="127.0.0.1", port=0, log_level="error")
-    listening = config.bind_socket()
-    port = listening.getsockname()[1]
-    app = create_app(service, Door(names_of("127.0.0.1", port), None))
-    app.include_router(routes(studio))
-    config.app = app
-    server = uvicorn.Server(config)
+    server, listening = server_of(service, "127.0.0.1", 0, None, routes(studio))
+    server.config.timeout_graceful_shutdown = 2
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     while not server.started or not (service.ready or service.trouble):
         time.sleep(0.01)
     try:
-        yield Running(port, studio)
+        yield Running(listening.getsockname()[1], studio)
     finally:
         studio.close()
         server.should_exit = True

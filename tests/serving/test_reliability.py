@@ -35,7 +35,9 @@ from undiffuse.data.sounds import encode_wav
 from undiffuse.data.spec import units_between
 from undiffuse.errors import UndiffuseError
 from undiffuse.pipeline import Pipeline
+from undiffuse.serving import api
 from undiffuse.serving.engine import Busy, Engine, Loaded, Request
+from undiffuse.serving.server import Patient
 from undiffuse.serving.shelf import Shelf, Unloadable
 
 IMAGE = "/v1/images/generations"
@@ -352,6 +354,39 @@ def test_LT3_SV16_overload_sheds_and_the_counters_reconcile() -> None:
             counts["undiffuse_jobs_received_total"] == counts['undiffuse_jobs_total{end="finished"}'] == statuses[200]
         )
         assert server.ask("/v2/health/ready")[0] == 200
+
+
+def test_LT3_a_full_queue_is_said_before_anything_is_read_or_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(waiting=1) as server:
+        gate = threading.Event()
+        hook = server.model.denoiser.network.register_forward_pre_hook(lambda module, inputs: gate.wait(30) and None)
+        with ThreadPoolExecutor(9) as pool:
+            many = [pool.submit(server.ask, IMAGE, {"prompt": "1", "num_inference_steps": 2}) for _ in range(9)]
+            until(lambda: server.service.engine.waiting >= 1)
+            with monkeypatch.context() as patched:
+                for name in ("read_json", "checked"):
+                    patched.setattr(api, name, lambda *given, **more: pytest.fail("was read"))
+                for path in (IMAGE, "/v1/samples", "/v1/images/edits", "/models/tiny"):
+                    assert server.ask(path, b"{}" * 1000)[0] == 429
+            gate.set()
+            assert {each.result()[0] for each in many} <= {200, 429}
+        hook.remove()
+
+
+def test_no_answer_waits_for_the_client_to_acknowledge_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nagle's algorithm is off; asyncio leaves it on for the sockets that uvicorn makes."""
+    off: list[int] = []
+    made = Patient.connection_made
+
+    def look(self: Patient, transport: Any) -> None:
+        made(self, transport)
+        off.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(Patient, "connection_made", look)
+    with running() as server:
+        server.ask("/v2/health/live")
+    assert off
+    assert all(off)
 
 
 def resident() -> int:

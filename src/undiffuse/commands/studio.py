@@ -57,9 +57,7 @@ def studio(
     from .serve import name_of
 
     try:
-        import uvicorn
-
-        from ..serving.server import Door, Limits, Server, Service, create_app, names_of
+        from ..serving.server import Limits, Service, server_of
         from ..studio.app import MODEL, Studio, routes
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("undiffuse"):
@@ -84,31 +82,14 @@ def studio(
         folders["digits"] = MODEL
     place = resolve_device(device)
 
-    config = uvicorn.Config(
-        app=lambda scope: None,  # replaced below, when the port is known
-        host="127.0.0.1",
-        port=port,
-        log_level="warning",
-        timeout_graceful_shutdown=2,
-        limit_concurrency=200,
-        server_header=False,
-    )
-    try:
-        listening = config.bind_socket()
-    except SystemExit:
-        raise UndiffuseError(f"--port {port}: cannot be listened on; is something else there? Take another") from None
-    port = listening.getsockname()[1]
     sources = {name: partial(Pipeline.load, folder, place) for name, folder in folders.items()}
     service = Service(Engine(rows=32), sources, Limits(json=20_000_000))  # pictures come in JSON
     page = Studio(service, folders, Runs(runs))
-    app = create_app(service, Door(names_of("127.0.0.1", port), None))
-    app.include_router(routes(page))
-    config.app = app
-    address = f"http://127.0.0.1:{port}/studio/"
+    server, listening = server_of(service, "127.0.0.1", port, None, routes(page))
+    server.config.timeout_graceful_shutdown = 2  # nobody waits for more
+    address = f"http://127.0.0.1:{listening.getsockname()[1]}/studio/"
     link = f"{address}#token={page.token}"
     print(f"studio     {link}\n           (Ctrl-C ends it)", flush=True)
-    server = Server(config, service)
-    service.ended = lambda: setattr(server, "should_exit", True)
     if not no_browser:
         import threading
         import webbrowser

@@ -238,14 +238,9 @@ class Engine:
         begun = self._start(replace(request, samples=request.samples[:1]))
         calls = (len(begun.levels) - 1) * sampling.solver.calls + sampling.solver.extra
         with self._changed:
-            if self.closing:
-                self.counters.rejected += 1
-                raise Busy("the engine is closing", 60.0)
+            self._admit()
             if self.models.get(request.model) is not loaded:
                 raise Busy("the model has just been put away", 1.0)
-            if (waiting := self._waiting()) >= self.most_waiting:
-                self.counters.rejected += 1
-                raise Busy(f"{waiting} requests are waiting already", self._wait())
             number, jobs = next(self._numbers), []
             for begin in range(0, len(request.samples), most):
                 samples = request.samples[begin : begin + most]
@@ -257,6 +252,19 @@ class Engine:
             self.counters.received += len(jobs)
             self._changed.notify()
         return jobs
+
+    def admit(self) -> None:
+        """Raise :class:`Busy` if a request that came now would be refused: cheap, so that a flood is answered."""
+        with self._changed:
+            self._admit()
+
+    def _admit(self) -> None:
+        if self.closing:
+            self.counters.rejected += 1
+            raise Busy("the engine is closing", 60.0)
+        if (waiting := self._waiting()) >= self.most_waiting:
+            self.counters.rejected += 1
+            raise Busy(f"{waiting} requests are waiting already", self._wait())
 
     def _most(self, request: Request) -> int:
         """Samples of this request that fit into a network call."""

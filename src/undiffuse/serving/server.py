@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from typing import Any
 
 import h11
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
@@ -149,13 +149,25 @@ class Service:
                 raise Refused(504, "the model was not loaded in time", "model", code="timeout") from None
             yield name, pipeline
 
-    def submit(self, asked: Asked) -> list[Job]:
-        """Queue a request, in parts that fit into a network call; all of it or nothing."""
+    def admit(self) -> None:
+        """Refuse what would have to wait too long, before anything is read or computed for it."""
+        self.check()
+        with self._busy():
+            self.engine.admit()
+
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
         try:
-            return self.engine.submit_parts(asked)
+            yield
         except Busy as busy:
             self.check()
             raise Refused(429, f"busy: {busy}", code="queue_full", wait=busy.seconds) from None
+
+    def submit(self, asked: Asked) -> list[Job]:
+        """Queue a request, in parts that fit into a network call; all of it or nothing."""
+        try:
+            with self._busy():
+                return self.engine.submit_parts(asked)
         except UndiffuseError as error:
             raise Refused(400, str(error), code="invalid_value") from None
 
@@ -412,6 +424,7 @@ def create_app(service: Service, door: Door) -> FastAPI:
     @app.post("/v1/images/generations", **_takes(api.Generation), **_gives("application/json", "text/event-stream"))
     async def generations(request: Request) -> Response:
         """Pictures from noise."""
+        service.admit()
         form = api.read_json(await _json(request), api.Generation)
         async with service.model(form.model, _left(service, request)) as (name, pipeline):
             return await _pictures(service, request, form, name, pipeline, "image_generation", None, None, 1.0)
@@ -419,6 +432,7 @@ def create_app(service: Service, door: Door) -> FastAPI:
     @app.post("/v1/images/edits", **_uploads(api.Edit), **_gives("application/json", "text/event-stream"))
     async def edits(request: Request) -> Response:
         """Image-to-image, and inpainting with a mask."""
+        service.admit()
         fields, files = await _form(request)
         form = api.checked(api.Edit, fields, strict=False)
         async with service.model(form.model, _left(service, request)) as (name, pipeline):
@@ -435,6 +449,7 @@ def create_app(service: Service, door: Door) -> FastAPI:
     @app.post("/v1/samples", **_takes(api.Samples), **_gives("application/octet-stream", "audio/wav"))
     async def samples(request: Request) -> Response:
         """Samples in the data's own units: a NumPy file, or sound."""
+        service.admit()
         form = api.read_json(await _json(request), api.Samples)
         async with service.model(form.model, _left(service, request)) as (name, pipeline):
             kind = api.check_format(form, pipeline.spec)
@@ -447,6 +462,7 @@ def create_app(service: Service, door: Door) -> FastAPI:
     @app.post("/models/{name}", **_takes(api.TextToImage), **_gives("image/png"))
     async def text_to_image(name: str, request: Request) -> Response:
         """Hugging Face's form: one picture."""
+        service.admit()
         form = api.read_json(await _json(request), api.TextToImage)
         how = form.parameters or api.Parameters()
         async with service.model(name, _left(service, request)) as (name, pipeline):
@@ -472,6 +488,9 @@ class Patient(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # asyncio leaves Nagle's algorithm on where a socket was made without naming its protocol, as uvicorn's is: the
+        # body of an answer would then wait 40 ms for the client to acknowledge its head.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._late = self.loop.call_later(self.seconds, transport.close)
 
     def data_received(self, data: bytes) -> None:
@@ -504,9 +523,11 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def server_of(service: Service, host: str, port: int, key: str | None) -> tuple[Server, socket.socket]:
-    """A server with our bounds, and the socket on which it will listen: ``server.run(sockets=[socket])``. Raises
-    :class:`UndiffuseError` for a port that cannot be listened on."""
+def server_of(
+    service: Service, host: str, port: int, key: str | None, more: APIRouter | None = None
+) -> tuple[Server, socket.socket]:
+    """A server with our bounds and ``more`` routes, and the socket on which it will listen:
+    ``server.run(sockets=[socket])``. Raises :class:`UndiffuseError` for a port that cannot be listened on."""
     config = uvicorn.Config(
         app=lambda scope: None,  # replaced below, when the port is known
         host=host,
@@ -525,7 +546,10 @@ def server_of(service: Service, host: str, port: int, key: str | None) -> tuple[
     except SystemExit:
         raise UndiffuseError(f"--port {port}: cannot be listened on; is something else there? Take another") from None
     local = host in LOCAL
-    config.app = create_app(service, Door(names_of(host, listening.getsockname()[1]) if local else frozenset(), key))
+    app = create_app(service, Door(names_of(host, listening.getsockname()[1]) if local else frozenset(), key))
+    if more is not None:
+        app.include_router(more)
+    config.app = app
     server = Server(config, service)
     service.ended = lambda: setattr(server, "should_exit", True)
     return server, listening
