@@ -268,7 +268,9 @@ def answer_together(denoiser: Denoiser, questions: Sequence[Question], rows: int
 
 class Home(Protocol):
     """Where a pipeline comes from, if that is another format: how its folder is written, and how it is made for data of
-    another size."""
+    another size. ``device``: where samples are, if the network is not always there."""
+
+    device: torch.device | None
 
     def save(self, pipeline: Pipeline, folder: Path) -> None: ...
 
@@ -328,7 +330,9 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Where samples and conditions are, and the network, unless its home moves it."""
+        if self.home is not None and self.home.device is not None:
+            return self.home.device
         return next(self.denoiser.parameters()).device
 
     @property

@@ -320,7 +320,7 @@ def test_sdxl_refiner_refines(tmp_path: Path) -> None:
 def packed(x: Tensor) -> Tensor:
     from diffusers import FluxPipeline
 
-    return FluxPipeline._pack_latents(x, *x.shape)
+    return FluxPipeline._pack_latents(x, *x.shape)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("kind", ["dev", "dev_guided", "schnell"])
@@ -476,10 +476,159 @@ def test_inpainting_by_replacement(tmp_path: Path) -> None:
         ).images
     begun = ours.begin(2, seed=SEED, prompts=PROMPTS, sampling=ours.settings(steps=3, guidance_scale=3.0))
 
-    def same(like: Tensor, here: Level, there: Level) -> Tensor:
-        return x.to(like)
+    first = x
+
+    def same(x: Tensor, here: Level, there: Level) -> Tensor:
+        return first.to(x)
 
     solver = RePaint(begun.sampling.solver, known.expand(2, -1, -1, -1), ours.kept(keep), same, repeats=1)
     denoise = ours.denoise(begun.cond, begun.sampling, None, begun.against)
     *_, last = trajectory(denoise, begun.x, begun.levels, solver, begun.noise)
     agree(last.x, latents)
+
+
+# --- Other numbers, other places --------------------------------------------------------------------------------------
+
+
+def test_trap_P1_time_reaches_the_network_in_float32(tmp_path: Path) -> None:
+    """diffusers' Flux rounds t (and the guidance scale) to the network's own type before it is embedded."""
+    theirs = tiny.flux()
+    theirs.save_pretrained(tmp_path)
+    ours = Pipeline.load(tmp_path, dtype=torch.bfloat16).resized(32, 32)
+    told: list[Tensor] = []
+    waves = ours.denoiser.network.get_submodule("inner.time_text_embed.time_proj")
+    waves.register_forward_pre_hook(lambda module, given: told.append(given[0]))
+    list(ours.frames(1, prompts=PROMPTS[:1], cond={"guidance": [[3.3]]}, sampling=ours.settings(steps=7)))
+    levels = ours.sampling.grid.levels(ours.config.schedule, 7)
+    exact = torch.tensor([float(ours.config.label(level)) for level in levels[:-1]])
+    assert torch.equal(torch.cat(told[::2]), exact)
+    assert torch.equal(torch.cat(told[1::2]), torch.full((7,), 3300.0))
+    assert not torch.equal(exact.bfloat16().float(), exact)
+
+
+def test_trap_P7_a_codec_that_overflows_computes_in_float32(tmp_path: Path) -> None:
+    theirs = tiny.sdxl()
+    theirs.vae = tiny.vae(force_upcast=True)
+    theirs.save_pretrained(tmp_path)
+    ours = Pipeline.load(tmp_path, dtype=torch.bfloat16)
+    assert ours.codec is not None
+    assert {p.dtype for p in ours.codec.parameters()} == {torch.float32}
+    assert {p.dtype for p in ours.denoiser.parameters()} == {torch.bfloat16}
+    assert ours.sample(1, prompts=PROMPTS, steps=2).shape == (1, 32, 32, 3)
+
+
+def test_trap_D5_latents_have_the_units_of_their_autoencoder(tmp_path: Path) -> None:
+    theirs = tiny.sdxl()
+    mean, std = [0.1, -0.2, 0.3, 0.4], [0.5, 2.0, 1.0, 1.5]
+    theirs.vae = tiny.vae(latents_mean=mean, latents_std=std, scaling_factor=0.5)
+    ours = both(theirs, tmp_path)
+    z = noise(ours)
+    column = [torch.tensor(each).reshape(1, -1, 1, 1) for each in (mean, std)]
+    wanted = theirs.vae.decode(z * column[1] / 0.5 + column[0]).sample
+    agree(ours.decode(z), wanted)
+    posterior = theirs.vae.encode(PICTURE).latent_dist.mean
+    agree(ours.encode(PICTURE), (posterior - column[0]) / column[1] * 0.5)
+
+
+def test_offload_has_one_part_on_the_device_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from undiffuse.interop.diffusers import load as reading
+    from undiffuse.interop.diffusers.networks import Seats
+
+    tiny.sd().save_pretrained(tmp_path)
+    plain = Pipeline.load(tmp_path)
+    with pytest.raises(ValueError, match="name a device"):
+        Pipeline.load(tmp_path, offload=True)
+    moved: list[tuple[str, str]] = []
+
+    class Watched(Seats):
+        def __call__(self, module: torch.nn.Module) -> Any:
+            monkeypatch.setattr(module, "to", lambda place: moved.append((type(module).__name__, str(place))) or module)
+            return super().__call__(module)
+
+    monkeypatch.setattr(reading, "Seats", lambda device: Watched(torch.device("cpu")))
+    ours = Pipeline.load(tmp_path, "cuda", offload=True)  # no weights are moved: there need be no such device
+    assert ours.device.type == "cpu"
+    asked: dict[str, Any] = {"prompts": PROMPTS, "steps": 2, "guidance_scale": 2.0}
+    assert np.array_equal(ours.sample(2, **asked), plain.sample(2, **asked))
+    away = [kind for kind, place in moved]
+    assert away == ["CLIPTextModel", "CLIPTextModel", "UNet2DConditionModel", "UNet2DConditionModel", "AutoencoderKL"]
+
+
+# --- Together ---------------------------------------------------------------------------------------------------------
+
+EVERY = {
+    "ddpm": tiny.ddpm,
+    "ldm": tiny.ldm,
+    "sd": tiny.sd,
+    "sdxl": tiny.sdxl,
+    "sd3": tiny.sd3,
+    "flux": tiny.flux,
+    "pixart": tiny.pixart,
+    "dit": lambda: tiny.dit(5),
+    "lcm": tiny.lcm,
+}
+
+
+def small(pipeline: Pipeline) -> Pipeline:
+    return pipeline.resized(32, 32) if pipeline.spec.shape[1] > 32 else pipeline
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_SV4_many_requests_at_once_are_those_alone(tmp_path: Path, name: str) -> None:
+    """Step-level batching of requests of different prompts, steps, solvers and guidance, to the bit."""
+    from undiffuse import SOLVERS
+    from undiffuse.serving.engine import Engine, Request
+
+    EVERY[name]().save_pretrained(tmp_path)
+    ours = small(Pipeline.load(tmp_path))
+    prompts = PROMPTS if ours.takes_prompts else None
+    guided = 2.0 if ours.denoiser.conditions is not None and ours.denoiser.conditions.asked else 1.0
+    engine = Engine({"m": ours}, rows=4, exact=True)
+    try:
+        requests = [
+            Request("m", ours.settings(steps=2, solver="euler", guidance_scale=guided), (0,), 1, prompts=prompts),
+            Request("m", ours.settings(steps=3, solver="dpmpp_2m"), (1,), 2, prompts=prompts and prompts[1:]),
+            Request("m", ours.settings(steps=2, solver=SOLVERS["ddpm"]), (2,), 3, prompts=prompts),
+        ]
+        jobs = [engine.submit(request) for request in requests]
+        together = [job.future.result(60) for job in jobs]
+        alone = [engine.run(request) for request in requests]
+    finally:
+        engine.close()
+    for a, b in zip(together, alone, strict=True):
+        assert torch.equal(a, b)
+
+
+def finite(ours: Pipeline, solver: str, steps: int) -> None:
+    learned = ours.config.learned_variance
+    if solver == "ddpm_learned" and not learned:
+        return
+    prompts = PROMPTS[:1] if ours.takes_prompts else None
+    guided = 2.0 if ours.denoiser.conditions is not None and ours.denoiser.conditions.asked else 1.0
+    grid = "uniform"
+    made = ours.draw(
+        1, prompts=prompts, sampling=ours.settings(steps=steps, solver=solver, grid=grid, guidance_scale=guided)
+    )
+    assert bool(made.isfinite().all())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_solvers_run_on_every_family(tmp_path: Path, name: str) -> None:
+    """A fifth of them each; the slow test has them all."""
+    from undiffuse import SOLVERS
+
+    EVERY[name]().save_pretrained(tmp_path)
+    ours = small(Pipeline.load(tmp_path))
+    for solver in list(SOLVERS)[list(EVERY).index(name) % 5 :: 5]:
+        finite(ours, solver, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
+def test_every_solver_runs_on_every_family(tmp_path: Path, name: str) -> None:
+    from undiffuse import SOLVERS
+
+    EVERY[name]().save_pretrained(tmp_path)
+    ours = small(Pipeline.load(tmp_path))
+    for solver in SOLVERS:
+        finite(ours, solver, 3)

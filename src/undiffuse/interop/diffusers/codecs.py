@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...codecs import Codec
 from ...errors import UndiffuseError
+from .networks import Seats
 
 
 @final
@@ -26,7 +27,7 @@ class Autoencoder(Codec):
         # A codec is described by what it computes, not by the file that it came from.
         described = {key: value for key, value in options.items() if not key.startswith("_")}
         super().__init__(channels, 2 ** (len(options["block_out_channels"]) - 1), described)
-        self.inner = inner
+        self.inner, self.seats = inner, Seats()
         self.eval().requires_grad_(False)
         scaling = options.get("scaling_factor")
         scaling = 1.0 if scaling is None else float(scaling)
@@ -52,11 +53,15 @@ class Autoencoder(Codec):
         return (len(self.mean), shape[1] // self.factor, shape[2] // self.factor)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        made = self.inner.encode(x)  # type: ignore[operator]
-        return (made.latents, None) if self.kind == "vq_model" else (made.latent_dist.mean, made.latent_dist.std)
+        with self.seats(self.inner) as device:
+            made = self.inner.encode(x.to(device))  # type: ignore[operator]
+        if self.kind == "vq_model":
+            return made.latents.to(x.device), None
+        return made.latent_dist.mean.to(x.device), made.latent_dist.std.to(x.device)
 
     def reconstruct(self, latent: Tensor) -> Tensor:
-        return self.inner.decode(latent).sample  # type: ignore[operator]
+        with self.seats(self.inner) as device:
+            return self.inner.decode(latent.to(device)).sample.to(latent.device)  # type: ignore[operator]
 
 
 CODECS = {"AutoencoderKL": "autoencoder_kl", "VQModel": "vq_model"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,8 +20,11 @@ from ...data.spec import DataSpec, units_between
 from ...denoiser import Denoiser, terminal_snr_report
 from ...errors import UndiffuseError, UndiffuseWarning, choose, unknown
 from ...pipeline import FORMAT, REGISTRIES, ModelConfig, Pipeline, Sampling, Tunings
-from .families import FAMILIES, LEFT_OUT, Made, Parts, Size
-from .folder import Folder, describe_parts
+from ...weights import read_header
+from .codecs import CODECS
+from .families import ENCODERS, FAMILIES, LEFT_OUT, TOKENIZERS, Made, Parts, Size
+from .folder import PICKLES, Folder, describe_parts
+from .networks import NETWORKS, Seats
 from .schedulers import DEFAULTS, Meaning, read_scheduler
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -47,11 +52,97 @@ def load(
         quiet(library)
     if dtype not in (None, *TYPES):
         raise UndiffuseError(f"dtype {dtype} is not one of {', '.join(map(str, TYPES))}")
-    path = Path(path)
-    if path.is_file():
-        raise UndiffuseError(f"{path}: a checkpoint in one file is not read")
-    folder = Folder(path, variant=variant)
-    return assemble(folder, torch.device(device), dtype or torch.float32)
+    if Path(path).is_file():
+        return single_file(Path(path), config, torch.device(device), dtype or torch.float32, offload)
+    if config is not None:
+        raise UndiffuseError(f"{path}: config says what a checkpoint in one file is; this is none")
+    here, root = (Path(path), None) if Path(path).is_dir() else hub_folder(str(path), variant, download)
+    return assemble(Folder(here, root, variant), torch.device(device), dtype or torch.float32, offload)
+
+
+def single_file(
+    path: Path, config: str | Path | None, device: torch.device, dtype: torch.dtype, offload: bool
+) -> Pipeline:
+    """A checkpoint in one file, through diffusers' own converters. What the file does not say (prediction, schedule,
+    text encoders' sizes; trap X3) is in ``config``, a folder of diffusers, whose weights are not needed."""
+    import diffusers
+
+    if path.suffix.lower() in PICKLES:
+        raise UndiffuseError(f"{path}: a pickle, which can run code, and is not opened; fetch it as .safetensors")
+    read_header(path)
+    if config is None:
+        raise UndiffuseError(
+            f"{path}: a checkpoint in one file does not say what its network predicts (trap X3): pass config=FOLDER, a "
+            "folder of diffusers with model_index.json and the configs of a model of this kind"
+        )
+    folder = Folder(Path(config))
+    choose(f"kind of pipeline in {folder.path / 'model_index.json'}", folder.family, FAMILIES)
+    known = {*NETWORKS, *CODECS, *ENCODERS, *TOKENIZERS, *DEFAULTS}
+    for part, (library, kind) in folder.parts.items():
+        if part not in LEFT_OUT and (kind not in known or library not in ("diffusers", "transformers")):
+            raise unknown(f"class of {part} in {folder.path / 'model_index.json'}", kind, known)
+        if folder.inside(part, "config.json").exists():
+            folder.json(part, "config.json")
+    made = getattr(diffusers, folder.family)
+    nothing = {part: None for part in folder.parts if part in LEFT_OUT}
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            with torch.random.fork_rng(devices=[]):
+                read = made.from_single_file(
+                    str(path), config=str(folder.path), local_files_only=True, torch_dtype=dtype, **nothing
+                )
+                read.save_pretrained(place, safe_serialization=True)
+        except Exception as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise UndiffuseError(f"{path}: cannot be read as the {folder.family} of {config} ({said})") from None
+        return assemble(Folder(Path(place)), device, dtype, offload)
+
+
+NEEDED = re.compile(r"model_index\.json|[\w.-]+/[\w.-]+\.(json|txt|model|safetensors)")
+"""Files of a repository that are fetched: configs, vocabularies and safetensors of its parts."""
+
+
+def hub_folder(name: str, variant: str | None, download: bool) -> tuple[Path, Path]:
+    """The folder of a model of the Hugging Face Hub on this machine, and what its links must not leave. Fetched, at one
+    revision, only if ``download`` says so."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    sizes: dict[str, int] = {}
+    revision: str | None = None
+    try:
+        if download:
+            info = huggingface_hub.model_info(name, files_metadata=True)
+            revision = info.sha
+            sizes = {each.rfilename: each.size or 0 for each in info.siblings or [] if NEEDED.fullmatch(each.rfilename)}
+            sizes = {file: size for file, size in sizes.items() if wanted(file, list(sizes), variant)}
+            if "model_index.json" not in sizes:
+                raise UndiffuseError(f"{name}: has no model_index.json on the Hub, so it is no model of diffusers")
+            total = sum(sizes.values()) / 1e9
+            warnings.warn(f"fetching {len(sizes)} files, {total:.2f} GB, of {name} at {revision}", UndiffuseWarning, 4)
+        place = huggingface_hub.snapshot_download(
+            name, revision=revision, local_files_only=not download, allow_patterns=sorted(sizes) or None
+        )
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        if download:
+            raise UndiffuseError(f"{name}: cannot be fetched ({said})") from None
+        raise UndiffuseError(
+            f"{name}: no folder of that name, and no model of the Hugging Face Hub on this machine; "
+            "Pipeline.load(..., download=True) fetches it"
+        ) from None
+    return Path(place), Path(place).parents[1]
+
+
+def wanted(file: str, files: Sequence[str], variant: str | None) -> bool:
+    """Whether a file is of the variant, where there are several of one thing."""
+    if not file.endswith((".safetensors", ".index.json")):
+        return True
+    folder = file.split("/")[0]
+    named = f".{variant}." if variant else None
+    if named and any(each.startswith(f"{folder}/") and named in each for each in files):
+        return named in file
+    return not re.search(r"\.(fp16|bf16|fp32|non_ema|ema)[.-]", file)
 
 
 def quiet(library: Any) -> None:
@@ -60,8 +151,10 @@ def quiet(library: Any) -> None:
     library.utils.logging.disable_progress_bar()
 
 
-def assemble(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pipeline:
+def assemble(folder: Folder, device: torch.device, dtype: torch.dtype, offload: bool) -> Pipeline:
     """The pipeline of a checked folder."""
+    if offload and device.type == "cpu":
+        raise UndiffuseError("offload keeps in main memory what the device does not need now: name a device, say cuda")
     family = choose(f"kind of pipeline in {folder.path / 'model_index.json'}", folder.family, FAMILIES)
     parts = Parts(folder, dtype)
     made = family(parts)
@@ -80,7 +173,14 @@ def assemble(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pipeli
     pipeline = home.pipeline(made.size)
     for module in (pipeline.denoiser, made.codec):
         if module is not None:
-            module.to(device).eval().requires_grad_(False)
+            module.to("cpu" if offload else device).eval().requires_grad_(False)
+    if offload:
+        home.device, seats = torch.device("cpu"), Seats(device)
+        made.network.seats = seats
+        if made.codec is not None:
+            made.codec.seats = seats
+        for reader in () if made.texts is None else map(made.texts.reader, made.texts.names):
+            reader.seats = seats
     return with_settings(pipeline, folder.path / "pipeline.json")
 
 
@@ -124,6 +224,7 @@ class DiffusersHome:
 
     def __init__(self, folder: Folder, parts: Parts, made: Made, meaning: Meaning) -> None:
         self.made, self.meaning, self.modules = made, meaning, parts.modules
+        self.device: torch.device | None = None
         self.family = folder.family
         kept = {*parts.modules, *parts.tokenizers, "scheduler"}
         index: dict[str, Any] = {key: value for key, value in folder.index.items() if key.startswith("_")}

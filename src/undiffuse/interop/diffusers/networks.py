@@ -52,18 +52,37 @@ class Layout:
         return None if vector is None or name not in self.sizes else vector[:, self.place(name)]
 
 
+class Seats:
+    """Where parts compute. Without a device: where they are. With one, each is moved there when it is used, and what
+    sat there before goes back to main memory, where all that they are given and say lies too."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
+        self.seated: nn.Module | None = None
+
+    @contextmanager
+    def __call__(self, module: nn.Module) -> Iterator[torch.device]:
+        """The device, with the module on it."""
+        if self.device is not None and self.seated is not module:
+            if self.seated is not None:
+                self.seated.to("cpu")
+            self.seated = module.to(self.device)
+        yield self.device or next(module.parameters()).device
+
+
 class Adapter(nn.Module, ABC):
     """Abstract: ``inner``, a module of diffusers, behind the call of ours.
 
     Attributes:
         layout: of the vector.
+        seats: where it computes.
         patch: positions of x along an axis that are one token to it; sizes must be multiples of it.
         fixed: whether it takes data of its own size only.
     """
 
     def __init__(self, inner: nn.Module, layout: Layout) -> None:
         super().__init__()
-        self.inner, self.layout = inner, layout
+        self.inner, self.layout, self.seats = inner, layout, Seats()
         self.options: Mapping[str, Any] = inner.config  # type: ignore[assignment]
         self.refuse()
 
@@ -89,16 +108,18 @@ class Adapter(nn.Module, ABC):
     def out_channels(self) -> int:
         return int(self.options.get("out_channels") or self.in_channels)
 
-    @abstractmethod
+    @final
     def forward(
-        self,
-        x: Tensor,
-        label: Tensor,
-        vector: Tensor | None = None,
-        tokens: Tensor | None = None,
-        mask: Tensor | None = None,
+        self, x: Tensor, label: Tensor, vector: Given = None, tokens: Given = None, mask: Given = None
     ) -> Tensor:
-        """``[B, out_channels, *spatial]``; ``x`` and the tokens in the network's type, ``label`` in float32."""
+        """``[B, out_channels, *spatial]``, where x is."""
+        with self.seats(self.inner) as device:
+            given = [None if each is None else each.to(device) for each in (x, label, vector, tokens, mask)]
+            return self.say(*given).to(x.device)  # type: ignore[arg-type]
+
+    @abstractmethod
+    def say(self, x: Tensor, label: Tensor, vector: Given, tokens: Given, mask: Given) -> Tensor:
+        """``[B, out_channels, *spatial]``; ``x`` in the network's type, ``label`` in float32."""
 
 
 @final
@@ -107,9 +128,7 @@ class PixelUNet(Adapter):
 
     plain: ClassVar[Mapping[str, object]] = {"class_embed_type": None}
 
-    def forward(
-        self, x: Tensor, label: Tensor, vector: Given = None, tokens: Given = None, mask: Given = None
-    ) -> Tensor:
+    def say(self, x: Tensor, label: Tensor, vector: Given, tokens: Given, mask: Given) -> Tensor:
         number = self.layout.get("classes", vector)
         return self.inner(x, label, class_labels=None if number is None else number[:, 0].round().long()).sample
 
@@ -124,9 +143,7 @@ class TextUNet(Adapter):
         "encoder_hid_dim_type": None,
     }
 
-    def forward(
-        self, x: Tensor, label: Tensor, vector: Given = None, tokens: Given = None, mask: Given = None
-    ) -> Tensor:
+    def say(self, x: Tensor, label: Tensor, vector: Given, tokens: Given, mask: Given) -> Tensor:
         if tokens is None:
             raise UndiffuseError("this network reads a text: give it tokens")
         added = None
@@ -155,9 +172,7 @@ class ClassTransformer(Adapter):
     fixed = True
     plain: ClassVar[Mapping[str, object]] = {"norm_type": "ada_norm_zero"}
 
-    def forward(
-        self, x: Tensor, label: Tensor, vector: Given = None, tokens: Given = None, mask: Given = None
-    ) -> Tensor:
+    def say(self, x: Tensor, label: Tensor, vector: Given, tokens: Given, mask: Given) -> Tensor:
         number = self.layout.get("classes", vector)
         assert number is not None
         return self.inner(x, timestep=label, class_labels=number[:, 0].round().long()).sample
@@ -167,9 +182,7 @@ class ClassTransformer(Adapter):
 class PixArt(Adapter):
     """``PixArtTransformer2DModel``: PixArt alpha and sigma."""
 
-    def forward(
-        self, x: Tensor, label: Tensor, vector: Given = None, tokens: Given = None, mask: Given = None
-    ) -> Tensor:
+    def say(self, x: Tensor, label: Tensor, vector: Given, tokens: Given, mask: Given) -> Tensor:
         size = self.layout.get("micro", vector)
         added = {"resolution": None, "aspect_ratio": None}
         if size is not None:
@@ -187,9 +200,7 @@ class PixArt(Adapter):
 class MMDiT(Adapter):
     """``SD3Transformer2DModel``: Stable Diffusion 3."""
 
-    def forward(
-        self, x: Tensor, label: Tensor, vector: Given = None, tokens: Given = None, mask: Given = None
-    ) -> Tensor:
+    def say(self, x: Tensor, label: Tensor, vector: Given, tokens: Given, mask: Given) -> Tensor:
         pooled = self.layout.get("pooled", vector)
         return self.inner(
             x, timestep=label, encoder_hidden_states=tokens.to(x.dtype), pooled_projections=pooled.to(x.dtype)
@@ -210,9 +221,7 @@ class FluxTransformer(Adapter):
     def out_channels(self) -> int:
         return int(self.options.get("out_channels") or self.options["in_channels"]) // 4
 
-    def forward(
-        self, x: Tensor, label: Tensor, vector: Given = None, tokens: Given = None, mask: Given = None
-    ) -> Tensor:
+    def say(self, x: Tensor, label: Tensor, vector: Given, tokens: Given, mask: Given) -> Tensor:
         pooled, scale = self.layout.get("pooled", vector), self.layout.get("guidance", vector)
         height, width = x.shape[2] // 2, x.shape[3] // 2
         rows = x.unflatten(3, (width, 2)).unflatten(2, (height, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...conditions import Condition, Embedded, Written
 from ...errors import UndiffuseError, UndiffuseWarning
-from .networks import Layout
+from .networks import Layout, Seats
 
 KEPT = 64
 """Texts of which the embedding is kept, the last ones used."""
@@ -49,7 +49,7 @@ class Reader(nn.Module):
         self, tokenizer: Any, model: nn.Module, places: int, layer: int | None, pooled: str | None, masked: bool
     ) -> None:
         super().__init__()
-        self.tokenizer, self.model = tokenizer, model
+        self.tokenizer, self.model, self.seats = tokenizer, model, Seats()
         self.places, self.layer, self.pooled, self.masked = places, layer, pooled, masked
         word, marked = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
         first = next((i for i in range(len(marked)) if marked[i : i + len(word)] == word), None)
@@ -75,17 +75,17 @@ class Reader(nn.Module):
     def forward(self, words: Sequence[int]) -> Said:
         """What the encoder says of a text, given its words."""
         row = [*self.before, *words, *self.after]
-        there = len(row)
-        device = next(self.model.parameters()).device
-        given = torch.tensor([row + [self.pad] * (self.places - there)], device=device)
-        mask = torch.arange(self.places, device=device) < there
-        said = self.model(
-            input_ids=given,
-            attention_mask=mask[None].long() if self.masked else None,
-            output_hidden_states=self.layer is not None,
-        )
+        mask = torch.arange(self.places) < len(row)
+        with self.seats(self.model) as device:
+            said = self.model(
+                input_ids=torch.tensor([row + [self.pad] * (self.places - len(row))], device=device),
+                attention_mask=mask[None].long().to(device) if self.masked else None,
+                output_hidden_states=self.layer is not None,
+            )
+        home = torch.device("cpu") if self.seats.device is not None else device
         tokens = said.last_hidden_state if self.layer is None else said.hidden_states[self.layer]
-        return Said(tokens[0], None if self.pooled is None else said[self.pooled][0], mask)
+        pooled = None if self.pooled is None else said[self.pooled][0].to(home)
+        return Said(tokens[0].to(home), pooled, mask.to(home))
 
 
 # --- How a family puts together what its encoders say -----------------------------------------------------------------
