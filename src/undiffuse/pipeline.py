@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from .codecs import FILE, Codec, LatentUnits, Tiling, check_same_data, codec_meaning, decode_tiled
 from .conditions import Conditions, Rows
 from .config import from_json, load_json, parse_json, to_json, write_json_atomic
+from .data.columns import asked as in_raw
 from .data.spec import DataSpec
 from .denoiser import INPUT_SCALES, LABELS, Denoise, Denoiser, InputScale, Label
 from .editing import below, keep_known
@@ -595,7 +596,8 @@ class Pipeline:
         cond: Rows | None = None,
     ) -> dict[str, Tensor]:
         """The condition of each sample: sample i gets ``classes[i % len(classes)]`` and ``prompts[i % len(prompts)]``,
-        and of any condition by name row i in turn of ``cond[name]`` (:meth:`.Conditions.read`).
+        and of any condition by name row i in turn of ``cond[name]`` (:meth:`.Conditions.read`): attributes by the names
+        of their values, numbers in their own units, and each of them also by itself (:func:`.columns.asked`).
 
         Without classes: every class in turn, or none in particular where anything else is asked for; a class of None
         asks for nothing in particular (the null class). Without prompts, or with an empty one: the null text.
@@ -603,7 +605,7 @@ class Pipeline:
         conditions = self.denoiser.conditions
         usual = {} if conditions is None else conditions.usual(len(samples))
         asked: dict[str, Tensor] = {}
-        for name, given in (cond or {}).items():
+        for name, given in in_raw(self.spec, cond or {}).items():
             if conditions is None:
                 raise UndiffuseError(f"condition {name} asked of a model without conditions")
             rows = conditions.read(name, given)

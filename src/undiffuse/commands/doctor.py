@@ -55,6 +55,8 @@ def doctor(
     device: str = "auto",
     data_root: AnyPath | None = None,
     labels: str | None = None,
+    attributes: str | None = None,
+    numbers: str | None = None,
     length: float | None = None,
     frames: int | None = None,
     strict: bool = False,
@@ -83,6 +85,8 @@ def doctor(
         device: auto, cpu, cuda, mps.
         data_root: Where files of named data sets are.
         labels: As for train.
+        attributes: As for train.
+        numbers: As for train.
         length: As for train.
         frames: As for train.
         strict: As for train.
@@ -123,6 +127,8 @@ def doctor(
             seed=seed,
             data_root=data_root,
             labels=labels,
+            attributes=attributes,
+            numbers=numbers,
             length=length,
             frames=frames,
             strict=strict,

@@ -44,6 +44,8 @@ def evaluate(
     data_root: AnyPath | None = None,
     data_seed: int = 0,
     labels: str | None = None,
+    attributes: str | None = None,
+    numbers: str | None = None,
     length: float | None = None,
     frames: int | None = None,
     span: tuple[float, float] | None = None,
@@ -77,6 +79,8 @@ def evaluate(
         data_root: Where files of named data sets are.
         data_seed: Of data that are drawn, such as moons: the --seed of their training.
         labels: As for train.
+        attributes: As for train (default: those of the model).
+        numbers: As for train (default: those of the model).
         length: As for train.
         frames: As for train.
         span: Which range of a real-valued array stands for the data's, such as 0 1.
@@ -116,6 +120,8 @@ def evaluate(
         "--data-root": data_root,
         "--data-seed": data_seed or None,
         "--labels": labels,
+        "--attributes": attributes,
+        "--numbers": numbers,
         "--length": length,
         "--frames": frames,
         "--out": out,
@@ -125,12 +131,19 @@ def evaluate(
     words += ["--extrapolate"] * extrapolate + ["--allow-small"] * allow_small
     words += [word for setting in set for word in ("--set", setting)]
     with joined(device) as (team, place):
+        model = open_model(samples, place) if is_model(samples) else None
+        if model is not None:  # real items are asked for as they are
+            spec = model.pipeline.spec
+            attributes = attributes if attributes is not None else ",".join(name for name, _ in spec.attributes)
+            numbers = numbers if numbers is not None else ",".join(name for name, *_ in spec.numbers)
         data = open_dataset(
             against,
             image_size=image_size,
             channels=channels,
             data_root=data_root,
             labels=labels,
+            attributes=attributes,
+            numbers=numbers,
             length=length,
             frames=frames,
             seed=data_seed,
@@ -149,8 +162,8 @@ def evaluate(
             )
         changes = {"solver": solver, "steps": steps, "grid": grid, "guidance_scale": guidance_scale}
         changes = {name: value for name, value in changes.items() if value is not None}
-        if is_model(samples):
-            source = open_model(samples, place)
+        if model is not None:
+            source = model
             settings = override(source.pipeline.settings(None, **changes), set, REGISTRIES)
             folder = source.run / "evaluation" if source.run is not None else Path("evaluation")
         else:

@@ -88,8 +88,8 @@ def sample(
         prompt: What a model with text shall make; may be repeated. Sample i gets prompt i modulo how many there are.
         prompts: A text file with one prompt a line, after those of --prompt.
         negative_prompt: What guidance leads away from.
-        cond: Any condition by name: `attributes=1,none` or `place=0.1,0.2`, numbers as the model takes them; may be
-            repeated. Sample i gets row i modulo how many there are of that name.
+        cond: Any condition by name: `attributes=manx,none`, `breed=manx`, `age=3` in the data's own units, or
+            `place=0.1,0.2` as the model takes it; may be repeated. Sample i gets row i modulo how many there are.
         against: What guidance leads away from, any condition by name: `classes=3`.
         attention: Also write a .png of where each word of the first prompt has acted in sample 0.
         seed: Sample i is a function of the seed and i (default 0).
@@ -247,17 +247,24 @@ def parse_classes(text: str, names: tuple[str, ...]) -> list[int | None]:
 
 def parse_rows(texts: Sequence[str], pipeline: Pipeline, option: str) -> dict[str, list[Any]]:
     """Rows of conditions by name, from ``NAME=ROW`` each: a text, or numbers with ``none`` where nothing is asked."""
+    from ..data.columns import read_row
+
     conditions = pipeline.denoiser.conditions
     rows: dict[str, list[Any]] = {}
     for each in texts:
         name, equals, said = each.partition("=")
-        if conditions is None or name not in conditions.asked:
-            raise unknown(f"condition of --{option} (as in classes=3)", name, conditions.asked if conditions else ())
+        known = [*(conditions.asked if conditions else ())]
+        parts = [part for part, *_ in (*pipeline.spec.attributes, *pipeline.spec.numbers)]
+        if conditions is None or name not in (*known, *parts):
+            raise unknown(f"condition of --{option} (as in classes=3)", name, [*known, *parts])
         if name in conditions.written:
             rows.setdefault(name, []).append(said)
             continue
         if not equals:
             raise UndiffuseError(f"--{option} {each}: say what is asked for, as in {name}=3")
+        if (in_words := read_row(pipeline.spec, name, said)) is not None:
+            rows.setdefault(name, []).extend(in_words)
+            continue
         if name == "classes":
             rows.setdefault(name, []).extend(parse_classes(said, pipeline.spec.classes))
             continue

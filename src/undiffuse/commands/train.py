@@ -28,6 +28,7 @@ undiffuse train ./photos --image-size 64   a folder of images, or folders of
                                            them, one a class
 undiffuse train mnist --data-root ~/data --minutes 30
 undiffuse train shapes --recipe text       captions: text to image
+undiffuse train ./photos --attributes breed,colour --numbers age
 undiffuse train ./photos --until-converged
 undiffuse train ./photos --image-size 128 --recipe autoencoder --out runs/ae
 undiffuse train ./photos --image-size 128 --codec runs/ae   in its latents
@@ -35,7 +36,8 @@ undiffuse train volumes.npy --set optimiser.lr=0.0005 --set training.keep=5
 """
 
 
-DATA_OPTIONS = ("image_size", "channels", "data_root", "labels", "length", "frames", "strict", "seed")
+DATA_OPTIONS = ("image_size", "channels", "data_root", "labels", "attributes", "numbers", "length", "frames")
+DATA_OPTIONS += ("strict", "seed")
 """The options of ``train`` and ``doctor`` that are those of ``open_dataset``."""
 
 
@@ -68,6 +70,8 @@ def train(
     device: str = "auto",
     data_root: AnyPath | None = None,
     labels: str | None = None,
+    attributes: str | None = None,
+    numbers: str | None = None,
     length: float | None = None,
     frames: int | None = None,
     channels: int | None = None,
@@ -98,6 +102,9 @@ def train(
         data_root: Where files of named data sets are.
         labels: What the classes of files are: folder (the default, where there are folders), name (what stands before
             the first _ or - of a file's name), none, or an attribute in metadata.jsonl.
+        attributes: Categories that are known of items and can be asked for, such as breed,colour: their names in
+            metadata.jsonl, a table or an .npz.
+        numbers: The same for quantities, such as age,weight.
         length: Seconds to which sounds are cropped or filled with silence (default: what 95 % of them fit into).
         frames: Makes clips of so many frames: each video, animated picture or folder of pictures is one.
         channels: 1, 3 or 4 for images, 1 for mono; arrays: how many there are, where their shape does not tell.
@@ -135,6 +142,8 @@ def train(
         "--device": None if device == "auto" else device,
         "--data-root": data_root,
         "--labels": labels,
+        "--attributes": attributes,
+        "--numbers": numbers,
         "--workers": workers,
         "--length": length,
         "--frames": frames,
@@ -169,6 +178,8 @@ def train(
                 seed=seed,
                 data_root=data_root,
                 labels=labels,
+                attributes=attributes,
+                numbers=numbers,
                 length=length,
                 frames=frames,
                 strict=strict,
@@ -211,6 +222,8 @@ def prepare(
     length: float | None,
     strict: bool,
     set: tuple[str, ...],
+    attributes: str | None = None,
+    numbers: str | None = None,
     frames: int | None = None,
     codec: AnyPath | None = None,
     device: str = "cpu",
@@ -232,6 +245,8 @@ def prepare(
         channels=channels,
         data_root=data_root,
         labels=labels,
+        attributes=attributes,
+        numbers=numbers,
         length=length,
         frames=frames,
         strict=strict,

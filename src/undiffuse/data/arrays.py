@@ -19,17 +19,19 @@ from __future__ import annotations
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 
 from ..errors import UndiffuseError, UndiffuseWarning
 from .base import ArrayDataset, digest
+from .columns import Cells, check_names, columns
 from .images import Channels, Size, fit
 from .spec import DataSpec, units_between
 
@@ -45,6 +47,8 @@ def from_array(
     *,
     image_size: Size = None,
     channels: Channels = None,
+    attributes: Mapping[str, Cells] = MappingProxyType({}),
+    numbers: Mapping[str, Cells] = MappingProxyType({}),
     name: str = "array",
 ) -> ArrayDataset:
     """The data set of ``values`` ``[N, ...]`` (not copied), recognised as this module's text says.
@@ -52,6 +56,7 @@ def from_array(
     ``labels``   ``[N]`` whole numbers or names; the classes are their sorted distinct values
     ``image_size``   crops images in the middle to the aspect of this (height, width) and resizes them (Lanczos)
     ``channels``   how many channels there are, where the shape alone does not tell
+    ``attributes``, ``numbers``   more that is known of each item, by name: categories, and quantities (:mod:`.columns`)
     """
     values = np.asanyarray(values)
     if values.dtype.kind not in "buif" or values.dtype.itemsize > 8:
@@ -63,28 +68,46 @@ def from_array(
         raise UndiffuseError(f"{name}: shape {values.shape} has no items; the first axis counts the items")
     layout = _layout(values.shape[1:], values.dtype.kind in "bui", channels, name)
     spec, content, notes = measure(values, layout, name)
+    for each, cells in {**attributes, **numbers}.items():
+        if np.ndim(cells) != 1 or len(cells) != len(values):
+            raise UndiffuseError(f"{name}: {len(values)} items, but {each} of shape {list(np.shape(cells))}")
+    check_names(attributes, numbers, {**attributes, **numbers}, name)
+    told = columns(attributes, numbers, lambda index: f"item {index}", name)
+    spec, notes = replace(spec, attributes=told.attributes, numbers=told.numbers), [*notes, *told.notes]
     for note in notes:
         warnings.warn(f"{name}: {note}", UndiffuseWarning, stacklevel=2)
     if labels is not None:
         classes, labels = _classes(np.asarray(labels), len(values), name)
         spec = replace(spec, classes=classes)
         content = digest(content, labels.tobytes())
-    result = ArrayDataset(spec, values, labels, name=name, content=content, notes=notes)
+    result = ArrayDataset(spec, values, labels, name=name, content=content, notes=notes, columns=told.values)
     return result if image_size is None else resized(result, image_size)
 
 
-def open_array(path: Path, *, image_size: Size = None, channels: Channels = None) -> ArrayDataset:
-    """The data set in a ``.npy`` file (mapped, not read into memory) or a ``.npz`` file with its labels."""
+def open_array(
+    path: Path,
+    *,
+    image_size: Size = None,
+    channels: Channels = None,
+    attributes: Sequence[str] = (),
+    numbers: Sequence[str] = (),
+) -> ArrayDataset:
+    """The data set in a ``.npy`` file (mapped, not read into memory) or a ``.npz`` file with its labels and, of more
+    arrays ``[N]`` in it, those that are asked for as attributes or numbers."""
+    more: dict[str, np.ndarray] = {}
     try:
         with path.open("rb") as file:
             begins = file.read(6)
         if path.suffix.lower() == ".npy" and begins != b"\x93NUMPY":
             raise UndiffuseError(f"{path}: not a .npy file (it does not begin like one); save it again with numpy.save")
         if path.suffix.lower() == ".npy":
+            check_names(attributes, numbers, (), str(path))
             values, labels = np.load(path, mmap_mode="r", allow_pickle=False), None
         else:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 values, labels = _entries(archive, path)
+                check_names(attributes, numbers, set(archive.files) - {*ITEM_KEYS, *LABEL_KEYS}, str(path))
+                more = {name: archive[name] for name in (*attributes, *numbers)}
     except UndiffuseError:
         raise
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, SyntaxError) as error:
@@ -92,7 +115,15 @@ def open_array(path: Path, *, image_size: Size = None, channels: Channels = None
             raise UndiffuseError(f"{path}: holds pickled objects, which are never loaded; save plain numbers") from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UndiffuseError(f"{path}: not a readable {path.suffix} file ({reason}); save it again") from error
-    return from_array(values, labels, image_size=image_size, channels=channels, name=str(path))
+    return from_array(
+        values,
+        labels,
+        image_size=image_size,
+        channels=channels,
+        attributes={name: more[name] for name in attributes},
+        numbers={name: more[name] for name in numbers},
+        name=str(path),
+    )
 
 
 def resized(whole: ArrayDataset, image_size: Size) -> ArrayDataset:
@@ -110,7 +141,15 @@ def resized(whole: ArrayDataset, image_size: Size) -> ArrayDataset:
         item = fit(np.moveaxis(item, 0, -1) if first else item, image_size)
         item = np.clip(item, spec.low, spec.high)  # Lanczos overshoots at edges
         values[index] = np.moveaxis(item, -1, 0) if first else item
-    return ArrayDataset(out, values, whole.labels, name=whole.name, content=whole.fingerprint, notes=whole.notes)
+    return ArrayDataset(
+        out,
+        values,
+        whole.labels,
+        name=whole.name,
+        content=whole.fingerprint,
+        notes=whole.notes,
+        columns=whole.columns,
+    )
 
 
 class Values(Protocol):

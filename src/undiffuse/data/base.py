@@ -7,8 +7,9 @@ caller says which items, and gets them in model units. That makes a training run
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from types import MappingProxyType
 from typing import TYPE_CHECKING, final, overload
 
 import numpy as np
@@ -29,6 +30,7 @@ class Dataset(ABC):
     ``labels``   int64 ``[N]``, indices into ``spec.classes``, or ``None``
     ``fingerprint``   changes when the items, their order or their preprocessing change
     ``texts``   a caption for each item, or ``None``
+    ``columns``   what a condition of that name is told of each item, ``[N, ...]`` (:mod:`.columns`)
     ``skipped``   ``(file, reason)`` for each file that could not be used
     ``duplicates``   ``(file, the first one with the same content)``
     ``notes``   everything that was warned about when the data were opened
@@ -41,6 +43,7 @@ class Dataset(ABC):
     labels: np.ndarray | None
     fingerprint: str
     texts: Sequence[str] | None = None
+    columns: Mapping[str, np.ndarray] = MappingProxyType({})
     duplicates: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     codec: Codec | None = None
@@ -70,10 +73,20 @@ class Dataset(ABC):
         return self.read(indices)[0]
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Items in model units, float32 ``[B, *spec.shape]``; the condition, ``{"classes": int64 [B]}`` or ``{}``."""
+        """Items in model units, float32 ``[B, *spec.shape]``; the conditions, of ``{"classes": int64 [B]}`` and
+        :attr:`columns` what there is."""
         values, labels = self.read(indices)
-        cond = {} if labels is None else {"classes": torch.from_numpy(labels)}
-        return self.spec.to_model(values), cond
+        return self.spec.to_model(values), self.conditions(indices, labels)
+
+    def conditions(self, indices: Sequence[int] | np.ndarray, labels: np.ndarray | None) -> dict[str, torch.Tensor]:
+        """What conditions are told of these items, whose ``labels`` were read with them."""
+        told = {name: torch.from_numpy(column) for name, column in self.told(indices).items()}
+        return told if labels is None else {"classes": torch.from_numpy(labels), **told}
+
+    def told(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """:attr:`columns` of these items."""
+        where = positions(indices, len(self))
+        return {name: column[where] for name, column in self.columns.items()}
 
     def augmented(
         self, augment: Augment, seed: int, epochs: np.ndarray, indices: np.ndarray
@@ -113,8 +126,10 @@ class Dataset(ABC):
             size = "x".join(map(str, spec.shape))
         span = f" [{spec.low:g}, {spec.high:g}]" if spec.bounded else ""
         classes = f", {len(spec.classes)} classes" if spec.classes else ""
+        known = [f"{name} ({len(values)})" for name, values in spec.attributes] + [name for name, *_ in spec.numbers]
+        told = f", with {', '.join(known)}" if known else ""
         skipped = f", {len(self.skipped)} files skipped" if self.skipped else ""
-        return f"{count:,} {noun} {size} {spec.dtype}{span}{classes}{skipped}"
+        return f"{count:,} {noun} {size} {spec.dtype}{span}{classes}{told}{skipped}"
 
     def split(self, held_out: float, seed: int) -> tuple[Dataset, Dataset]:
         """``(train, held out)``: disjoint, deterministic, and with the same share of every class.
@@ -176,15 +191,19 @@ class ArrayDataset(Dataset):
         name: str,
         content: str = "",
         notes: Sequence[str] = (),
+        columns: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> None:
         """``content``: the fingerprint of ``values`` and ``labels`` if it is known already."""
         if values.shape[1:] != spec.original_shape:
             raise UndiffuseError(f"{name}: items of shape {values.shape[1:]}, spec says {spec.original_shape}")
         self.spec, self.name, self.notes = spec, name, tuple(notes)
         self.labels = None if labels is None else check_labels(labels, len(values), spec.classes, name)
-        self._values = values
+        self._values, self.columns = values, columns
+        for each, column in columns.items():
+            if len(column) != len(values):
+                raise UndiffuseError(f"{name}: {len(values)} items, but {each} of {len(column)}")
         content = content or digest(np.ascontiguousarray(values).tobytes(), b"" if labels is None else labels.tobytes())
-        self.fingerprint = digest(content, spec.stated)
+        self.fingerprint = digest(content, spec.stated, *(column.tobytes() for column in columns.values()))
 
     def __len__(self) -> int:
         return len(self._values)
@@ -225,6 +244,7 @@ class Subset(Dataset):
         self.spec, self.name = whole.spec, whole.name
         self.labels = None if whole.labels is None else whole.labels[self._indices]
         self.texts = None if whole.texts is None else Picked(whole.texts, self._indices)
+        self.columns = {name: column[self._indices] for name, column in whole.columns.items()}
         self.duplicates, self.notes = whole.duplicates, whole.notes
         self.fingerprint = digest(whole.fingerprint, self._indices.tobytes())
         self.codec = whole.codec
@@ -253,6 +273,12 @@ class Subset(Dataset):
 
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         return self._whole.read(self._indices[positions(indices, len(self))])
+
+    def told(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        return self._whole.told(self._indices[positions(indices, len(self))])
+
+    def captions(self, indices: Sequence[int] | np.ndarray) -> list[str] | None:
+        return self._whole.captions(self._indices[positions(indices, len(self))])
 
     def called(self, index: int) -> str:
         return self._whole.called(int(self._indices[index]))

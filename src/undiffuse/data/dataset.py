@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from . import named
 from .arrays import open_array, resized
 from .base import ArrayDataset, Dataset
 from .clips import Clips
+from .columns import check_names, names_in
 from .folder import Files, Images, Reader
 from .huggingface import PREFIX, Rows, is_saved
 from .images import MIN_SIDE, Channels, Size
-from .metadata import LABELS
 from .shapes import Shapes, shapes
 from .sounds import Sounds
 from .store import Folder, Store, Tar, Zip, printable
@@ -46,6 +46,8 @@ def open_dataset(
     channels: Channels = None,
     data_root: str | Path | None = None,
     labels: str | None = None,
+    attributes: str | Sequence[str] | None = None,
+    numbers: str | Sequence[str] | None = None,
     length: float | None = None,
     frames: int | None = None,
     strict: bool = False,
@@ -60,6 +62,8 @@ def open_dataset(
     ``data_root``   where files of named sets are looked for, before ``$UNDIFFUSE_DATA``
     ``labels``   what the classes of files are: "folder" (the default, where there are folders), "name" (what stands
         before the first _ or - of the file's name), "none", or an attribute in ``metadata.jsonl``
+    ``attributes``, ``numbers``   names of what else is known of items (in ``metadata.jsonl``, as a column of a table or
+        an array of an ``.npz``), with commas or as a list: categories, and quantities (:mod:`.columns`)
     ``length``   seconds, of sounds
     ``frames``   makes clips of so many frames: each video, animated picture or folder of pictures is one
     ``strict``   refuse a folder at its first bad file instead of skipping it
@@ -71,7 +75,10 @@ def open_dataset(
     size = _size(image_size)
     if channels is not None and channels != "keep" and (isinstance(channels, bool) or not isinstance(channels, int)):
         raise UndiffuseError(f"channels={channels!r} must be a number of channels, or 'keep'")
+    known = names_in(attributes), names_in(numbers)
+    told = {"attributes": known[0], "numbers": known[1]}
     if data in DATASETS:
+        check_names(*known, (), data)
         if Path(data).exists():
             message = f"{data!r} is the data set of that name; write ./{data} for the file or folder"
             warnings.warn(message, UndiffuseWarning, stacklevel=2)
@@ -79,18 +86,18 @@ def open_dataset(
     path = Path(os.path.expanduser(data))
     if data.startswith(PREFIX) or is_saved(path):
         _refuse_unused(data, "images", length=length, frames=frames)
-        rows = Rows(data, labels)
-        chosen = "none" if not rows.about.attributes else LABELS[0]
-        return Files(rows, Images(size, channels), labels=chosen, about=rows.about, strict=strict)
+        rows = Rows(data, labels, (*known[0], *known[1]))
+        return Files(rows, Images(size, channels), labels=rows.labels, **told, about=rows.about, strict=strict)
     if not data or not os.path.exists(path):
         raise _missing(data, path)
     store = open_store(path)
     if store is not None:
-        return Files(store, _reader(store, size, channels, length, frames), labels=labels, strict=strict)
+        reader = _reader(store, size, channels, length, frames)
+        return Files(store, reader, labels=labels, **told, strict=strict)
     if path.suffix.lower() in (".csv", ".tsv") and path.is_file():
-        return open_table(path, labels=labels)
+        return open_table(path, labels=labels, **told)
     if path.suffix.lower() in (".npy", ".npz") and path.is_file():
-        return open_array(path, image_size=size, channels=channels)
+        return open_array(path, image_size=size, channels=channels, **told)
     what = f"{path.suffix.lower()} files are" if path.suffix else "such a file is"
     raise UndiffuseError(f"{printable(data)}: {what} not supported; {_choices()}")
 

@@ -22,6 +22,7 @@ from ..errors import UndiffuseError, UndiffuseWarning, unknown
 from ..tokens import learn
 from .arrays import Values
 from .base import Dataset, digest, positions
+from .columns import Columns, check_names, columns
 from .images import Channels, Decoded, Header, Size, Target, decode, is_image, read_header
 from .metadata import LABELS, Metadata, read_metadata
 from .spec import DataSpec, units_between
@@ -150,23 +151,30 @@ class Files(Dataset):
         reader: Reader,
         *,
         labels: str | None = None,
+        attributes: Sequence[str] = (),
+        numbers: Sequence[str] = (),
         about: Metadata | None = None,
         strict: bool = False,
         memory: int = MEMORY_BYTES,
         threads: int | None = None,
     ) -> None:
         """``memory``: decoded items are kept if they need at most this many bytes. ``threads`` decode (default: as many
-        as there are processors, at most 16); their number changes only the speed. ``labels``: see
-        :func:`undiffuse.data.open_dataset`. ``about``: what is known of the files, where no file says it.
+        as there are processors, at most 16); their number changes only the speed. ``labels``, ``attributes``,
+        ``numbers``: see :func:`undiffuse.data.open_dataset`. ``about``: what is known of the files, where no file says
+        it.
         """
         self.name, self._store, self._reader, self._strict = store.name, store, reader, strict
         found = scan(store, reader, strict=strict)
         self._entries, self._skipped = found.entries, list(found.skipped)
         self._kept: np.ndarray | None = None
+        self._moved: dict[int, int] = {}  # items that could not be read, and those that took their places
         self._pool = ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1), "undiffuse-files")
         self._enough_left()
         about = about or read_metadata(store, [entry.path for entry in self._entries])
-        classes, _, _ = _classes(self._entries, about, labels, self.name)  # before the long work: is it all understood?
+        used = (*attributes, *numbers)
+        check_names(attributes, numbers, about.names, self.name)
+        _classes(self._entries, about, labels, self.name, used)  # before the long work: is it all understood?
+        self._known(about, attributes, numbers)
         form = reader.form([entry.header for entry in self._entries], self.name)
         self._target, self.spec, self.labels = form.target, form.spec, None
         shape, dtype = form.spec.original_shape, np.dtype(form.spec.dtype)
@@ -175,16 +183,22 @@ class Files(Dataset):
             contents, more = self._decode_all(np.empty((len(self._entries), *shape), dtype))
             notes += more
         spec, measured = reader.measured(_Slices(self) if self._kept is None else self._kept, form.spec, self.name)
-        classes, self.labels, more = _classes(self._entries, about, labels, self.name)
-        notes += [*measured, *about.notes, *more]
+        classes, self.labels, more = _classes(self._entries, about, labels, self.name, used)
+        told = self._known(about, attributes, numbers)
+        self.columns = told.values
+        notes += [*measured, *about.notes, *more, *told.notes]
         self.texts = tuple(about.texts.get(entry.path, "") for entry in self._entries) if about.texts else None
-        self.spec = replace(spec, classes=classes, vocabulary=learn(self.texts or ()))
+        vocabulary = learn(self.texts or ())
+        self.spec = replace(
+            spec, classes=classes, vocabulary=vocabulary, attributes=told.attributes, numbers=told.numbers
+        )
         self.fingerprint = digest(
             self.spec.stated,
             *(entry.fact for entry in self._entries),
             *contents,
             *(self.texts or ()),
             b"" if self.labels is None else self.labels.tobytes(),
+            *(column.tobytes() for column in told.values.values()),
         )
         if self._skipped:
             notes.insert(0, f"{len(self._skipped)} files skipped: {_named(self._skipped)}")
@@ -208,7 +222,7 @@ class Files(Dataset):
 
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """As :meth:`Dataset.read`. A file that became unreadable since the scan is skipped like any bad one: the next
-        good file takes its place, with its own label, and :attr:`skipped` names it.
+        good file takes its place, with its own label, caption and attributes, and :attr:`skipped` names it.
         """
         where = positions(indices, len(self))
         if self._kept is not None:
@@ -216,12 +230,32 @@ class Files(Dataset):
         else:
             values = np.empty((len(where), *self.spec.original_shape), np.dtype(self.spec.dtype))
             for place, outcome in enumerate(self._pool.map(self._decode, [self._entries[index] for index in where])):
+                asked = int(where[place])
                 while isinstance(outcome, BadFile):
                     self._skip(self._entries[where[place]], outcome)
-                    where[place] = (where[place] + 1) % len(self)
+                    self._moved[asked] = where[place] = (where[place] + 1) % len(self)
                     outcome = self._decode(self._entries[where[place]])
                 values[place] = outcome.pixels
         return values, None if self.labels is None else self.labels[where]
+
+    def told(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        return super().told(self._really(indices))
+
+    def captions(self, indices: Sequence[int] | np.ndarray) -> list[str] | None:
+        return super().captions(self._really(indices))
+
+    def _really(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The items that :meth:`read` has given for these."""
+        return np.array([self._moved.get(int(i), int(i)) for i in positions(indices, len(self))], np.int64)
+
+    def _known(self, about: Metadata, attributes: Sequence[str], numbers: Sequence[str]) -> Columns:
+        """What the metadata say of the files by these names."""
+
+        def cells(names: Sequence[str]) -> dict[str, list[str | None]]:
+            known = [about.attributes.get(entry.path, {}) for entry in self._entries]
+            return {name: [each.get(name) for each in known] for name in names}
+
+        return columns(cells(attributes), cells(numbers), self.called, self.name)
 
     def _decode(self, entry: Entry) -> Decoded | BadFile:
         """The item, or why there is none; as a value, since threads hand it over."""
@@ -315,7 +349,7 @@ def _named(skipped: Sequence[tuple[str, str]], most: int = 3) -> str:
 
 
 def _classes(
-    entries: Sequence[Entry], about: Metadata, choice: str | None, name: str
+    entries: Sequence[Entry], about: Metadata, choice: str | None, name: str, used: Sequence[str] = ()
 ) -> tuple[tuple[str, ...], np.ndarray | None, list[str]]:
     """Class names, labels and notes: from folders, from the files' names, or from an attribute in the metadata."""
     if choice == "none":
@@ -332,8 +366,9 @@ def _classes(
     if choice is None and groups is None:
         choice = next((label for label in LABELS if label in about.names), None)
     if choice is None or choice == "folder":
-        others = f"; choose one with labels={about.names[0]}" if about.names else ""
-        notes = [f"attributes that are not used: {', '.join(map(printable, about.names))}{others}"] if others else []
+        others = [each for each in about.names if each not in used]
+        remedy = f"choose one with labels={others[0]}, or more with attributes or numbers" if others else ""
+        notes = [f"attributes that are not used: {', '.join(map(printable, others))}; {remedy}"] if others else []
         if groups is None:
             if choice:
                 raise UndiffuseError(f"{name}: labels=folder, but there are no class folders")

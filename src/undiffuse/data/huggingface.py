@@ -14,6 +14,7 @@ Scripts of a data set are never run: ``datasets`` 4 and later cannot, and an old
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, final
@@ -44,11 +45,14 @@ class Rows(Store):
 
     chosen = True
 
-    def __init__(self, data: str, labels: str | None = None) -> None:
+    def __init__(self, data: str, labels: str | None = None, known: Sequence[str] = ()) -> None:
+        """``known``: columns that are attributes or numbers."""
         self.name = printable(data)
         table = _table(data)
         self._column = _image_column(table, self.name)
         self.about = _about(table, labels, self._column, self.name)
+        self.labels = LABELS[0] if self.about.attributes else "none"
+        _add(table, known, self.about, self._column, self.name)
         self._images: Any = table.select_columns([self._column]).cast_column(self._column, _undecoded())
         self._fingerprint = str(table._fingerprint)
 
@@ -148,6 +152,23 @@ def _image_column(table: Table, name: str) -> str:
         kinds = ", ".join(f"{printable(column)} ({type(kind).__name__})" for column, kind in table.features.items())
         raise UndiffuseError(f"{name}: no column of images; it has {kinds}: save other data as .npy or .wav files")
     return found[0]
+
+
+def _add(table: Table, known: Sequence[str], about: Metadata, image: str, name: str) -> None:
+    """The columns ``known``, as attributes of the rows."""
+    from datasets import ClassLabel, Value
+
+    plain = [column for column, kind in table.features.items() if isinstance(kind, (Value, ClassLabel))]
+    for column in known:
+        if column not in plain:
+            raise unknown(f"attribute of {name}", column, [each for each in plain if each != image])
+        if column == LABELS[0] and about.attributes:
+            raise UndiffuseError(f"{name}: {column} is the classes already, so it cannot be an attribute: labels=none")
+        kind = table.features[column]
+        for row, value in enumerate(table[column][:]):
+            if value is not None and not (isinstance(kind, ClassLabel) and value < 0):
+                said = kind.names[value] if isinstance(kind, ClassLabel) else value
+                about.attributes.setdefault(called(row), {})[column] = str(said)
 
 
 def _about(table: Table, labels: str | None, image: str, name: str) -> Metadata:

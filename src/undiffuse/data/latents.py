@@ -37,8 +37,8 @@ LAYOUTS = {1: "CL", 2: "CYX", 3: "CZYX"}
 
 
 def latent_spec(data: DataSpec, codec: Codec) -> DataSpec:
-    """The spec of the latents of ``data``: without bounds, in the units that the codec measured; classes and
-    vocabulary are the data's."""
+    """The spec of the latents of ``data``: without bounds, in the units that the codec measured; classes,
+    vocabulary and what else is known of items are the data's."""
     shape = codec.latent_shape(data.shape)
     return DataSpec(
         "array",
@@ -51,6 +51,8 @@ def latent_spec(data: DataSpec, codec: Codec) -> DataSpec:
         LAYOUTS[len(shape) - 1],
         data.classes,
         vocabulary=data.vocabulary,
+        attributes=data.attributes,
+        numbers=data.numbers,
     )
 
 
@@ -82,7 +84,7 @@ class Latents(Dataset):
                 )
         self.whole, self.codec = original, codec
         self.spec, self.name = latent_spec(original.spec, codec), original.name
-        self.labels, self.texts = original.labels, original.texts
+        self.labels, self.texts, self.columns = original.labels, original.texts, original.columns
         self.duplicates, self.notes = original.duplicates, original.notes
         self.fingerprint = digest("latents 1", original.fingerprint, codec.hash)
         copies = (False, True) if augment.flip else (False,)
@@ -114,8 +116,8 @@ class Latents(Dataset):
         mirrored = augment.mirrored(seed, epochs, where)
         if mirrored.any() and True not in self._copies:
             raise UndiffuseError("augment.flip: these latents were made without their mirror images")
-        cond = {} if self.labels is None else {"classes": torch.from_numpy(self.labels[where])}
-        return torch.from_numpy(self._gather(where, mirrored)), cond
+        labels = None if self.labels is None else self.labels[where]
+        return torch.from_numpy(self._gather(where, mirrored)), self.conditions(where, labels)
 
     def _gather(self, where: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
         values = np.empty((len(where), *self.spec.shape), np.float32)

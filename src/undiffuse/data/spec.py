@@ -44,6 +44,8 @@ class DataSpec:
     ``names``   of the coordinates of points, where the data name them
     ``rate``   samples a second, for sounds
     ``vocabulary``   the pieces that captions are made of (:func:`undiffuse.tokens.learn`), where the data have captions
+    ``attributes``   of items, each a name and the names of its values (:mod:`.columns`)
+    ``numbers``   that are known of items, each a name, a mean and a deviation
     """
 
     kind: str
@@ -59,6 +61,8 @@ class DataSpec:
     names: tuple[str, ...] = ()
     rate: int | None = None
     vocabulary: tuple[str, ...] = field(default=(), repr=False)  # the captions are in the fingerprint themselves
+    attributes: tuple[tuple[str, tuple[str, ...]], ...] = field(default=(), repr=False)
+    numbers: tuple[tuple[str, float, float], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -87,6 +91,10 @@ class DataSpec:
             )
         if min(self.scale) <= 0:
             raise UndiffuseError(f"data spec: scale {self.scale} must be positive")
+        if not all(isfinite(mean) and isfinite(spread) and spread > 0 for _, mean, spread in self.numbers):
+            raise UndiffuseError(f"data spec: numbers {self.numbers} need a finite mean and a positive deviation")
+        if not all(values for _, values in self.attributes):
+            raise UndiffuseError(f"data spec: attributes {self.attributes} need at least one value each")
         if (self.low is None) != (self.high is None):
             raise UndiffuseError("data spec: give both of low and high, or neither")
         if self.low is not None and self.high is not None:
@@ -214,9 +222,9 @@ class DataSpec:
         return list(np.ascontiguousarray(eight[:, 0]))
 
     def to_json(self) -> dict[str, object]:
-        """Plain values for JSON, without a vocabulary where there is none; :meth:`from_json` is the inverse."""
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return {name: value for name, value in values.items() if name != "vocabulary" or value}
+        """Plain values for JSON, without later fields that are not used; :meth:`from_json` is the inverse."""
+        later = {each.name for each in fields(self) if not each.repr}
+        return {name: _lists(value) for name, value in asdict(self).items() if name not in later or value}
 
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> DataSpec:
@@ -254,6 +262,8 @@ class DataSpec:
             names=several("names", _text),
             rate=optional("rate", _whole),
             vocabulary=several("vocabulary", _text),
+            attributes=several("attributes", _attribute),
+            numbers=several("numbers", _measure),
         )
 
     def _column(self, constants: tuple[float, ...], dtype: type) -> np.ndarray:
@@ -304,6 +314,23 @@ def _real(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UndiffuseError(f"data spec: {key} must hold numbers, got {value!r}")
     return float(value)
+
+
+def _lists(value: object) -> object:
+    """Tuples in tuples as JSON has them."""
+    return [_lists(each) for each in value] if isinstance(value, (tuple, list)) else value
+
+
+def _attribute(key: str, value: object) -> tuple[str, tuple[str, ...]]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not isinstance(value[1], (list, tuple)):
+        raise UndiffuseError(f"data spec: {key} must be pairs of a name and its values, got {value!r}")
+    return _text(key, value[0]), tuple(_text(key, each) for each in value[1])
+
+
+def _measure(key: str, value: object) -> tuple[str, float, float]:
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
+        raise UndiffuseError(f"data spec: {key} must be a name, a mean and a deviation each, got {value!r}")
+    return _text(key, value[0]), _real(key, value[1]), _real(key, value[2])
 
 
 def _whole(key: str, value: object) -> int:

@@ -48,7 +48,7 @@ class Model:
         family: a name in ``NETWORKS``; None chooses by the data, an MLP for points and a U-Net for the rest.
         network: options of the network that override what the dial chose (``{"dropout": 0.1}``).
         schedule, prediction, label, input_scale, learned_variance: as for :class:`undiffuse.Denoiser`.
-        conditional: learn the classes and the captions, where the data has them.
+        conditional: learn the classes, captions, attributes and numbers, where the data has them.
         condition_width: length of the vector that a condition is embedded in.
         text_encoder: a frozen CLIP or T5 of ``transformers`` that reads the captions, a folder or a name on the Hub;
             None: a small transformer of our own, trained with the network.
@@ -86,6 +86,11 @@ class Model:
                     "hash": load(self.text_encoder).hash,
                     **common,
                 }
+        if self.conditional and spec.attributes:
+            sizes = [len(values) for _, values in spec.attributes]
+            conditions["attributes"] = {"kind": "attributes", "sizes": sizes}
+        if self.conditional and spec.numbers:
+            conditions["numbers"] = {"kind": "vector", "size": len(spec.numbers)}
         if told:
             conditions["augmentation"] = {"kind": "augmentation", "size": told}
         width = self.condition_width if conditions else 0

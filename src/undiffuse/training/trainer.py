@@ -445,7 +445,8 @@ def check_inputs_matter(denoiser: Denoiser, x0: Tensor, cond: dict[str, Tensor])
 @torch.no_grad()
 def ignored_inputs(denoiser: Denoiser, x0: Tensor, cond: dict[str, Tensor]) -> list[str]:
     """Which of ``level`` and the conditions the output does not depend on, to the last bit; right after the first
-    update, since a network may begin with 0. ``x0``, ``cond``: at least one sample."""
+    update, since a network may begin with 0. ``x0``, ``cond``: at least one sample; of each condition the first one
+    that asks for something."""
     training = denoiser.training
     denoiser.eval()
     x, null = x0[:1], denoiser.null(1)
@@ -457,7 +458,9 @@ def ignored_inputs(denoiser: Denoiser, x0: Tensor, cond: dict[str, Tensor]) -> l
     y = answer(0.5)
     ignored = ["level"] if torch.equal(y, answer(0.9)) else []
     for name, values in cond.items():
-        if not torch.equal(values[:1], null[name]) and torch.equal(y, answer(0.5, **{name: values[:1]})):
+        same = (values == null[name]) | (values.isnan() & null[name].isnan())
+        said = values[~same.flatten(1).all(1)][:1] if values.ndim > 1 else values[~same][:1]
+        if len(said) and torch.equal(y, answer(0.5, **{name: said})):
             ignored.append(name)
     denoiser.train(training)
     return ignored
