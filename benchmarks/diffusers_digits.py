@@ -115,7 +115,9 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     found = measure(args.updates, args.calls, args.samples, args.cache)
-    print(f"{args.updates} updates of 128, {args.samples} samples of {args.calls} calls, load {os.getloadavg()[0]:.1f}\n")
+    print(
+        f"{args.updates} updates of 128, {args.samples} samples of {args.calls} calls, load {os.getloadavg()[0]:.1f}\n"
+    )
     for name, value in found.items():
         print(f"{name:40}{value:10.3f}")
     if args.out:

@@ -179,7 +179,9 @@ def main() -> None:
         peak = f"{each['peak MB']:10.0f}" if "peak MB" in each else ""
         print(f"{name:22}{each['seconds a picture']:12.2f}{each['ratio']:8.2f}{peak}")
     if args.out:
-        args.out.write_text(json.dumps({"steps": args.steps, "count": args.count, "load": load, **found}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"steps": args.steps, "count": args.count, "load": load, **found}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@ device, and another in every epoch (trap R9). With the defaults nothing is drawn
 
 ``flip`` and ``shift`` make the model believe that mirrored and moved pictures are data too. ``geometric`` is the set of
 EDM (Karras et al. 2022, appendix F.2, table 6), which does not leak: the network is told what was done, as a condition
-of 9 numbers that are 0 when nothing was, and sampling asks for 0. Colours are left alone: the paper found changing them
-harmful (F.2).
+of 9 numbers that are 0 when nothing was, and sampling asks for 0. Colours are left alone, as there.
 
 One number differs from the paper's. It tells an anisotropy of strength a5 along a4 as a5 (cos a4, sin a4), which is the
 same for (a5, a4) and (-a5, a4 + pi): stretched and squeezed look alike. The double angle is told instead; it is the
