@@ -4,7 +4,7 @@ The model has the shape of Stable Diffusion 1.5 (four levels, cross-attention at
 CLIP text encoder) at a small width, with random weights; the parts are the real classes. Both take DDIM, the same steps
 and guidance 7.5; they alternate in one process, so that what else the machine does hits both, and the figure to trust
 is the ratio (the median over rounds). ``interval`` guides between sigma/alpha 0.3 and 5 only, which diffusers' pipeline
-cannot; a step outside costs half. Peak memory is that of a process of its own for each, above what it has after loading.
+cannot; a step outside costs half. Peak memory is that of a process of its own for each, beyond what it has once loaded.
 
     python benchmarks/diffusers_sampling.py --rounds 7 --out sampling.json
 """
