@@ -2,8 +2,8 @@
 
 A ``UNet2DModel`` learns the 1,797 digits of scikit-learn with diffusers' own ``DDPMScheduler`` and the loop of its
 tutorial, and is saved by ``DDPMPipeline.save_pretrained``. Both sides then draw the same number of samples from that
-folder with 20 calls each; the Frechet distance to the data is in the features of the evaluation's digit classifier, with
-that of real digits to real digits as the floor.
+folder with 20 calls each; the Frechet distance to the data is in the features of the evaluation's digit classifier, and
+that of real digits to real digits is the floor.
 
     python benchmarks/diffusers_digits.py --updates 600 --out digits.json
 """
