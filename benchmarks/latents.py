@@ -1,6 +1,6 @@
 """Latents: a model of the pixels against one of the latents, on pictures with captions, at equal computation.
 
-    python benchmarks/latents.py [--side 128] [--minutes 7] [--codec-minutes 4] [--out FOLDER]
+    python benchmarks/latents.py [--side 128] [--minutes 5] [--codec-minutes 4] [--out FOLDER]
 
 Minutes are CPU time of this process (one thread), so that other work on the machine makes it longer but not worse. The
 codec's own training, and encoding the data once, are stated apart. Both models have the same recipe, the same widths
@@ -102,14 +102,15 @@ def call(model: Pipeline, fold: int | None = None) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=128)
-    parser.add_argument("--minutes", type=float, default=7)
+    parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--codec-minutes", type=float, default=4)
     parser.add_argument("--out", type=Path, default=Path("latents"))
     asked = parser.parse_args()
     torch.set_num_threads(1)
     data, out = Shapes(0, asked.side, ITEMS), asked.out
 
-    recipe = quiet(make_recipe("autoencoder", data.spec, len(data)), "training.evaluate_every=1000")
+    small = ("training.batch_size=8", "codec.channels=8")  # many updates in little time
+    recipe = quiet(make_recipe("autoencoder", data.spec, len(data)), "training.evaluate_every=1000", *small)
     found: dict[str, object] = {"codec": learned(data, recipe, out / "codec", asked.codec_minutes)}
     codec = Codec.load(out / "codec")
     begun = time.process_time()
@@ -128,7 +129,7 @@ def main() -> None:
     found["checker"] = {"data": dict(score(values, captions)), "reconstructed": dict(score(again, captions))}
 
     for name, each in (("latents", latents), ("pixels", data)):
-        chosen = quiet(make_recipe("text", each.spec, len(each)), "training.evaluate_every=0")
+        chosen = quiet(make_recipe("text", each.spec, len(each)), "training.evaluate_every=0", "training.batch_size=16")
         chosen = replace(chosen, name=f"text on {name}")
         run = learned(each, chosen, out / name, asked.minutes)
         model = Pipeline.load(out / name)

@@ -158,10 +158,8 @@ class Autoencoding(Task):
 
     def drawn(self, trainer: Trainer, given: dict[str, Tensor]) -> Drawn:
         size, team = self.recipe.training.batch_size, trainer.team
-        if trainer.divided or (self.choice.codebook and team.size > 1):
-            raise UndiffuseError(
-                "a codec is trained whole, and one with a codebook by one process: say codec.codebook=0"
-            )
+        if self.choice.codebook and team.size > 1:
+            raise UndiffuseError("a codebook is learned by one process: start one, or say codec.codebook=0")
         shape = learner_of(trainer).codec.latent_shape(self.dataset.spec.shape)
         source = generator(trainer.seed, "posterior", trainer.step, trainer.device)
         eps = torch.randn(size, *shape, generator=source, device=trainer.device)

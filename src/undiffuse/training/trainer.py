@@ -151,7 +151,7 @@ class Trainer:
         if denoiser is None:
             with lent(seed, "weights", 0):
                 denoiser = cast(Denoiser, self.task.build())
-        self.divided = divides(recipe.training.shard, denoiser, team, self.device)
+        self.divided = recipe.codec is None and divides(recipe.training.shard, denoiser, team, self.device)
         if self.divided and recipe.training.compile == "always":
             raise UndiffuseError("training.compile=always with a state divided among processes: say never")
         if self.divided:
