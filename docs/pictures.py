@@ -489,21 +489,19 @@ def latents() -> plt.Figure:
     noise = Streams(0, 1).draw(tuple(z.shape[1:]))
     noisy = [Flow()(t).mix(z, noise) for t in (1.0, 0.6, 0.3)]
     grown = torch.nn.functional.interpolate(z, scale_factor=8, mode="bilinear")
-    figure, axes = plt.subplots(1, 6, figsize=(12, 2.5), width_ratios=[1.6, 1, 1, 1, 1, 1.6])
+    figure, axes = plt.subplots(1, 6, figsize=(12, 2.6), width_ratios=[1.7, 1, 1, 1, 1, 1.7])
     titles = ["data", "latents", "t = 1", "t = 0.6", "t = 0.3", "decoded"]
     for axis, title, x in zip(axes, titles, [picture, z, *noisy, grown], strict=True):
         axis.imshow(((x[0] + 1) / 2).clamp(0, 1).permute(1, 2, 0), interpolation="nearest")
-        axis.set(title=title, xticks=[], yticks=[], xlabel="x".join(map(str, x.shape[2:])))
+        axis.set(title=title, xticks=[], yticks=[], xlabel=" x ".join(map(str, x.shape[2:])))
+        axis.grid(False)
+    figure.get_layout_engine().set(wspace=0.14)  # room for the arrows
     for axis, text in ((axes[0], "encode"), (axes[1], "learn"), (axes[4], "decode")):
-        axis.annotate(
-            text,
-            (1.24, 0.5),
-            (1.03, 0.5),
-            xycoords="axes fraction",
-            va="center",
-            fontsize=8,
-            arrowprops={"arrowstyle": "->"},
-        )
+        width = 1.0 if axis is axes[0] else 1.7
+        begin, end = (1 + 0.06 * width, 0.5), (1 + 0.26 * width, 0.5)
+        style = {"arrowstyle": "->", "color": GREY, "lw": 1.4}
+        axis.annotate("", end, begin, xycoords="axes fraction", annotation_clip=False, arrowprops=style)
+        axis.text((begin[0] + end[0]) / 2, 0.54, text, transform=axis.transAxes, ha="center", fontsize=8, color="#555")
     return figure
 
 
@@ -521,6 +519,7 @@ PICTURES: dict[str, Callable[[], plt.Figure]] = {
     "pipeline": pipeline,
     "weights": weights,
     "networks": networks,
+    "latents": latents,
     "shapes": shapes,
     "frechet_floor": frechet_floor,
 }
