@@ -1,6 +1,7 @@
 """What batching at the level of network calls gains: one list of requests, served in three ways.
 
-    python benchmarks/serving.py [MODEL] [--clients N] [--requests N] [--rounds N] [--overload SECONDS] [--out FILE]
+    python benchmarks/serving.py [MODEL] [--clients N] [--requests N] [--rounds N] [--overload SECONDS]
+                                 [--soak SECONDS] [--out FILE]
 
 Every client sends its next request when the last is answered; the requests differ in steps (5 to 50), solver and
 guidance. *engine*: ``undiffuse serve``, over HTTP on this machine. *lock*: one request at a time, as diffusers' own
@@ -8,6 +9,9 @@ guide to serving does it. *equal*: requests that wait and are equal in all but s
 servers that batch whole requests do it. The last two call the pipeline directly, without HTTP, which is to their
 advantage. They alternate; ratios are medians over rounds. Then requests one at a time, against sampling without a
 server; then ten times as many as the server can answer, at a fixed rate, whoever is still waiting.
+
+With --soak SECONDS nothing but that: one client sends requests of all kinds, wrong ones and ones that it leaves among
+them, at a modest rate, and the memory of the server is read every ten seconds.
 
 Without MODEL a network of the size of the demo's with random weights is served: what it draws has no part in the time.
 """
@@ -30,11 +34,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from PIL import Image
 
 from undiffuse import open_dataset
 from undiffuse.pipeline import Pipeline
@@ -130,8 +136,8 @@ class Equal:
 class Served:
     """``undiffuse serve`` in a process of its own."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self, port: int, process: int = 0) -> None:
+        self.port, self.process = port, process
         self.local = threading.local()
 
     def __call__(self, ask: Ask) -> None:
@@ -164,7 +170,7 @@ def server(model: Path, *options: str) -> Iterator[Served]:
     command = [sys.executable, "-m", "undiffuse", "serve", str(model), "--port", str(port), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        served = Served(port)
+        served = Served(port, process.pid)
         while True:
             try:
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -256,6 +262,53 @@ def overload(served: Served, asks: list[Ask], rate: float, seconds: float) -> di
     }
 
 
+def soak(served: Served, seconds: float, pause: float = 0.3) -> dict[str, Any]:
+    """Requests of all kinds one after another, with a pause after each."""
+    source = random.Random(0)
+    buffer = BytesIO()
+    Image.new("L", (8, 8), 128).save(buffer, "PNG")
+    head = b'--edge\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+    fields = [(b"prompt", b"", b"3"), (b"strength", b"", b"0.5"), (b"image", b'; filename="x.png"', buffer.getvalue())]
+    body = b"".join(head % each for each in fields) + b"--edge--\r\n"
+    statuses: Counter[int | str] = Counter()
+    memory: list[float] = []
+    begun = time.monotonic()
+    while (now := time.monotonic() - begun) < seconds:
+        if now >= 10 * len(memory):
+            pages = int(Path(f"/proc/{served.process}/statm").read_text().split()[1])
+            memory.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
+        how = {"num_inference_steps": source.choice((2, 5, 9)), "solver": source.choice(WAYS), "prompt": "1"}
+        kind = source.choice(("picture", "several", "stream", "array", "edit", "wrong", "left"))
+        more: dict[str, Any] = {
+            "several": {"n": 5, "guidance_scale": 3.0},
+            "stream": {"stream": True, "partial_images": 2},
+            "wrong": {"solver": "none such"},
+            "left": {"num_inference_steps": 200},
+        }.get(kind, {})
+        path = {"array": "/v1/samples", "edit": "/v1/images/edits"}.get(kind, "/v1/images/generations")
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
+        if kind == "edit":
+            connection.request("POST", path, body, {"Content-Type": "multipart/form-data; boundary=edge"})
+        else:
+            connection.request("POST", path, json.dumps({**how, **more}), {"Content-Type": "application/json"})
+        if kind != "left":
+            response = connection.getresponse()
+            response.read()
+        statuses[f"{kind} {response.status}" if kind != "left" else kind] += 1
+        connection.close()
+        time.sleep(pause)
+    done = sum(statuses.values())
+    warm = memory[min(6, len(memory) - 1)]  # after a minute
+    return {
+        "seconds": round(seconds),
+        "requests": done,
+        "answers": dict(sorted(statuses.items())),
+        "memory_mb": [round(mb, 1) for mb in memory],
+        "growth_mb_after_a_minute": round(memory[-1] - warm, 2),
+        "growth_mb_in_a_thousand": round(1000 * (memory[-1] - warm) / done, 2),
+    }
+
+
 def untrained(folder: Path) -> Path:
     dataset = open_dataset("digits")
     recipe = make_recipe("digits", dataset.spec, len(dataset))
@@ -270,11 +323,19 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--overload", type=float, default=10.0, help="seconds; 0: none")
+    parser.add_argument("--soak", type=float, default=0.0, help="seconds; nothing else is measured then")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     options = parser.parse_args()
     folder = tempfile.TemporaryDirectory()
     model = options.model or untrained(Path(folder.name) / "untrained")
     pipeline = Pipeline.load(model)
+    if options.soak:
+        with server(model) as served:
+            found = soak(served, options.soak)
+        print(json.dumps(found, indent=2))
+        if options.out:
+            options.out.write_text(json.dumps(found, indent=2) + "\n")
+        return
     asks = requests(options.requests, len(pipeline.spec.classes))
     with server(model) as served:
         from undiffuse.serving.engine import probe

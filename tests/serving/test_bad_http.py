@@ -137,6 +137,9 @@ LONG = 2**63
         b'{"prompt": "\\u202e1"}',
         b'{"prompt": "1\\n2"}',
         b'{"prompt": "0-99999999999999999999"}',
+        b'{"prompt": "' + b"9" * 9999 + b'"}',
+        b'{"prompt": "0-' + b"9" * 9000 + b'"}',
+        '{"prompt": "\u00b2"}'.encode(),
         b'{"prompt": null}',
         b'{"prompt": "1"}x',
         b'{"prompt": "1"',
@@ -173,6 +176,7 @@ def test_HTTP_16_a_length_that_is_missing_or_lies(server: Running) -> None:
     assert raw(server, head(server, Content_Length="+52") + FINE) == [400]
     assert raw(server, head(server, Content_Length="1" * 30) + FINE)[:1] in ([400], [413])
     assert raw(server, head(server, Content_Length="9" * 10) + FINE) == [413]
+    assert raw(server, head(server, Content_Length="9" * 5000) + FINE) == [400]
     assert raw(server, head(server, Content_Length=str(len(FINE) - 1)) + FINE) == [400]
     assert raw(server, head(server, Content_Length=str(len(FINE) + 1)) + FINE) == [408]  # the rest never comes
     assert raw(server, head(server, Content_Length=str(len(FINE))) + FINE) == [200]

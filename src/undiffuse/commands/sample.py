@@ -225,6 +225,10 @@ def read_prompts(path: AnyPath | None) -> list[str]:
 
 def parse_classes(text: str, names: tuple[str, ...]) -> list[int | None]:
     """Class numbers from ``3``, ``0-9``, ``cat,dog``; ``none`` is None, the null class. A name wins over a number."""
+
+    def whole(text: str) -> bool:
+        return text.isdecimal() and len(text) < 10  # "²" is a digit too, and Python reads numbers up to 4,300 digits
+
     chosen: list[int | None] = []
     for part in (part.strip() for part in text.split(",")):
         first, _, last = part.partition("-")
@@ -232,9 +236,9 @@ def parse_classes(text: str, names: tuple[str, ...]) -> list[int | None]:
             chosen.append(names.index(part))
         elif part.lower() == "none":
             chosen.append(None)
-        elif part.isdigit():
+        elif whole(part):
             chosen.append(int(part))
-        elif first.isdigit() and last.isdigit() and int(first) <= int(last) < len(names):
+        elif whole(first) and whole(last) and int(first) <= int(last) < len(names):
             chosen.extend(range(int(first), int(last) + 1))
         else:
             raise unknown("class", part, names)

@@ -162,7 +162,7 @@ def listed() -> list[dict[str, Any]]:
 
 def _numbers(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and 1 <= int(part) <= 4000 for part in parts):
+    if not all(part.isdecimal() and len(part) < 5 and 1 <= int(part) <= 4000 for part in parts):
         raise UndiffuseError(f"--calls {text}: give whole numbers from 1 to 4000 with commas, like 5,10,20")
     return sorted({int(part) for part in parts})
 

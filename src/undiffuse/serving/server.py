@@ -31,7 +31,7 @@ from typing import Any
 
 import h11
 import uvicorn
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Path, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
@@ -44,8 +44,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .. import __version__
 from ..editing import below
 from ..errors import UndiffuseError
+from ..grids import GRIDS
 from ..pipeline import Pipeline
 from ..sampling import Frame
+from ..solvers import SOLVERS
 from . import api
 from .api import Limits, Refused
 from .engine import Busy, Engine, Job, Late
@@ -377,6 +379,8 @@ def create_app(service: Service, door: Door) -> FastAPI:
     )
     app.add_middleware(Guard, service=service, door=door)
 
+    named = Path(json_schema_extra={"enum": [*service.shelf.sources]})
+
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
         return answer(error)
@@ -417,11 +421,13 @@ def create_app(service: Service, door: Door) -> FastAPI:
         return {"object": "list", "data": [_model(service, name) for name in service.shelf.sources]}
 
     @app.get("/v1/models/{name}", responses=_errors(404, 503))
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: str = named) -> dict[str, Any]:
         """One of them."""
         return _model(service, service.name(name))
 
-    @app.post("/v1/images/generations", **_takes(api.Generation), **_gives("application/json", "text/event-stream"))
+    @app.post(
+        "/v1/images/generations", **_takes(api.Generation, service), **_gives("application/json", "text/event-stream")
+    )
     async def generations(request: Request) -> Response:
         """Pictures from noise."""
         service.admit()
@@ -429,7 +435,7 @@ def create_app(service: Service, door: Door) -> FastAPI:
         async with service.model(form.model, _left(service, request)) as (name, pipeline):
             return await _pictures(service, request, form, name, pipeline, "image_generation", None, None, 1.0)
 
-    @app.post("/v1/images/edits", **_uploads(api.Edit), **_gives("application/json", "text/event-stream"))
+    @app.post("/v1/images/edits", **_uploads(api.Edit, service), **_gives("application/json", "text/event-stream"))
     async def edits(request: Request) -> Response:
         """Image-to-image, and inpainting with a mask."""
         service.admit()
@@ -446,7 +452,7 @@ def create_app(service: Service, door: Door) -> FastAPI:
             strength = form.strength if form.strength is not None else (0.6 if keep is None else 1.0)
             return await _pictures(service, request, form, name, pipeline, "image_edit", image, keep, strength)
 
-    @app.post("/v1/samples", **_takes(api.Samples), **_gives("application/octet-stream", "audio/wav"))
+    @app.post("/v1/samples", **_takes(api.Samples, service), **_gives("application/octet-stream", "audio/wav"))
     async def samples(request: Request) -> Response:
         """Samples in the data's own units: a NumPy file, or sound."""
         service.admit()
@@ -459,8 +465,8 @@ def create_app(service: Service, door: Door) -> FastAPI:
             data, media = await asyncio.to_thread(api.as_file, pipeline.spec, x, kind)
             return Response(data, media_type=media, headers={"X-Seed": str(asked.seed)})
 
-    @app.post("/models/{name}", **_takes(api.TextToImage), **_gives("image/png"))
-    async def text_to_image(name: str, request: Request) -> Response:
+    @app.post("/models/{name}", **_takes(api.TextToImage, service), **_gives("image/png"))
+    async def text_to_image(request: Request, name: str = named) -> Response:
         """Hugging Face's form: one picture."""
         service.admit()
         form = api.read_json(await _json(request), api.TextToImage)
@@ -555,25 +561,46 @@ def server_of(
     return server, listening
 
 
-def _takes(form: type[BaseModel]) -> dict[str, Any]:
+def _takes(form: type[BaseModel], service: Service) -> dict[str, Any]:
     """How a JSON body, read by :func:`api.read_json`, is described in the schema."""
-    return {"openapi_extra": {"requestBody": _body("application/json", form.model_json_schema())}}
+    return {"openapi_extra": {"requestBody": _body("application/json", form.model_json_schema(), service)}}
 
 
-def _uploads(form: type[BaseModel]) -> dict[str, Any]:
+def _uploads(form: type[BaseModel], service: Service) -> dict[str, Any]:
     schema = form.model_json_schema()
-    for field in ("image", "mask"):
-        schema["properties"][field] = {"type": "string", "format": "binary"}
+    for field in schema["properties"].values():  # the fields of a form are text, which is there or not, but never null
+        field["anyOf"] = [each for each in field.get("anyOf", []) if each.get("type") != "null"] or [field.copy()]
+    for name in ("image", "mask"):
+        schema["properties"][name] = {"type": "string", "format": "binary"}
     schema["required"] = ["image"]
-    return {"openapi_extra": {"requestBody": _body("multipart/form-data", schema)}}
+    return {"openapi_extra": {"requestBody": _body("multipart/form-data", schema, service)}}
 
 
-def _body(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
+def _body(kind: str, schema: dict[str, Any], service: Service) -> dict[str, Any]:
     definitions = schema.pop("$defs", {})
     text = json.dumps(schema)
     for name, definition in definitions.items():  # written out: a reference would point outside the operation
         text = text.replace(json.dumps({"$ref": f"#/$defs/{name}"}), json.dumps(definition))
-    return {"required": True, "content": {kind: {"schema": json.loads(text)}}}
+    return {"required": True, "content": {kind: {"schema": _told(json.loads(text), service)}}}
+
+
+def _told(schema: dict[str, Any], service: Service) -> dict[str, Any]:
+    """A form's schema with what this server knows of its fields: limits, and names that there are."""
+    solvers = [name for name, solver in SOLVERS.items() if not solver.adaptive]
+    known: dict[str, dict[str, Any]] = {
+        "n": {"maximum": service.limits.samples},
+        "num_inference_steps": {"maximum": service.limits.steps},
+        "model": {"enum": [*service.shelf.sources]},
+        "solver": {"enum": solvers},
+        "scheduler": {"enum": solvers},
+        "grid": {"enum": [*GRIDS]},
+    }
+    for name, field in schema.get("properties", {}).items():
+        for kind in field.get("anyOf", [field]):
+            if kind.get("type") != "null":
+                kind.update(known.get(name, {}))
+            _told(kind, service)
+    return schema
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
