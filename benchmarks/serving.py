@@ -294,7 +294,8 @@ def soak(served: Served, seconds: float, pause: float = 0.3) -> dict[str, Any]:
         if kind != "left":
             response = connection.getresponse()
             response.read()
-        statuses[f"{kind} {response.status}" if kind != "left" else kind] += 1
+            kind = f"{kind} {response.status}"
+        statuses[kind] += 1
         connection.close()
         time.sleep(pause)
     done = sum(statuses.values())
