@@ -1,6 +1,6 @@
 """Latents: a model of the pixels against one of the latents, on pictures with captions, at equal computation.
 
-    python benchmarks/latents.py [--side 128] [--minutes 5] [--codec-minutes 4] [--out FOLDER]
+    python benchmarks/latents.py [--side 128] [--items 12000] [--minutes 5] [--codec-minutes 4] [--out FOLDER]
 
 Minutes are CPU time of this process (one thread), so that other work on the machine makes it longer but not worse. The
 codec's own training, and encoding the data once, are stated apart. Both models have the same recipe, the same widths
@@ -31,8 +31,7 @@ from undiffuse.pipeline import REGISTRIES
 from undiffuse.training import Trainer, make_recipe, run_training
 from undiffuse.training.recipe import Plan, Recipe, with_length
 
-ITEMS = 12_000
-PROMPTS = 200
+PROMPTS = 100
 
 
 def planned(data: Dataset, recipe: Recipe, minutes: float) -> Recipe:
@@ -102,12 +101,13 @@ def call(model: Pipeline, fold: int | None = None) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=128)
+    parser.add_argument("--items", type=int, default=12_000)
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--codec-minutes", type=float, default=4)
     parser.add_argument("--out", type=Path, default=Path("latents"))
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    data, out = Shapes(0, asked.side, ITEMS), asked.out
+    data, out = Shapes(0, asked.side, asked.items), asked.out
 
     small = ("training.batch_size=8", "codec.channels=8")  # many updates in little time
     recipe = quiet(make_recipe("autoencoder", data.spec, len(data)), "training.evaluate_every=1000", *small)

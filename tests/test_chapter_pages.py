@@ -19,6 +19,7 @@ PAGES: dict[str, list[Mapping[str, object]]] = {
     "sampling": [u.GRIDS],
     "objectives": [u.TIMES, u.WEIGHTS],
     "evaluation": [u.METRICS],
+    "latents": [u.CODECS],
 }
 
 

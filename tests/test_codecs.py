@@ -370,3 +370,18 @@ def test_the_engine_serves_data_of_a_latent_model() -> None:
     assert torch.equal(drawn, model.draw(2, seed=3, rows=4))
     assert torch.allclose(edited[..., 4:], image[..., 4:], atol=1e-5)
     assert not torch.allclose(edited[..., :4], image[..., :4], atol=1e-2)
+
+
+def test_a_trajectory_is_shown_decoded(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from undiffuse.outputs import write_samples
+
+    model = pipeline(fold())
+    for name in ("a.gif", "a.png"):
+        write_samples(tmp_path / name, model, 2, 0, None, model.settings(), 64, None, "m", {})
+    with Image.open(tmp_path / "a.gif") as film, Image.open(tmp_path / "a.png") as still:
+        assert film.n_frames == 4
+        film.seek(3)
+        assert film.size == still.size
+        assert np.abs(np.asarray(film.convert("RGB"), int) - np.asarray(still.convert("RGB"), int)).mean() < 8

@@ -20,10 +20,11 @@ from undiffuse.data import from_array
 from undiffuse.data.base import Dataset
 from undiffuse.data.latents import Latents
 from undiffuse.errors import UndiffuseError
+from undiffuse.evaluation.learned import Classifier
 from undiffuse.pipeline import REGISTRIES, Pipeline
 from undiffuse.training import make_recipe, run_training
 from undiffuse.training.autoencoding import Autoencoding, Learner, perplexity
-from undiffuse.training.perceptual import LPIPS, VGG
+from undiffuse.training.perceptual import LPIPS, VGG, ClassifierDistance
 from undiffuse.training.recipe import Recipe
 from undiffuse.training.run import Progress
 from undiffuse.training.trainer import Trainer
@@ -196,6 +197,21 @@ def test_the_discriminator_waits_for_its_share_of_the_run() -> None:
         judged.append(options["judged"])
         made.update()
     assert judged == [False, False, True, True]
+
+
+def test_bfloat16_learns_too() -> None:
+    made = trainer("training.precision=bf16", "codec.adversarial=0.1", "codec.adversarial_from=0", "codec.codebook=4")
+    assert all(bool(update.loss.isfinite()) for update in made.updates())
+
+
+def test_the_classifier_s_features_are_those_that_it_classifies_by() -> None:
+    torch.manual_seed(0)
+    network = Classifier(1, (8, 8), 3).eval()
+    distance = ClassifierDistance(network)
+    x, y = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
+    assert torch.allclose(distance.maps(x)[-1].mean((2, 3)), network(x)[0], atol=1e-6)
+    assert torch.equal(distance(x, x), torch.zeros(2))
+    assert bool((distance(x, y) > 0).all())
 
 
 def test_lpips_is_the_weighted_distance_of_unit_features(tmp_path: Path) -> None:

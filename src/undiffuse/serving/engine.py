@@ -60,7 +60,7 @@ class Request:
         prompts, negative_prompt: of a model with text; sample i gets prompt ``i % len(prompts)``.
         image, strength: begin at this image (``[1, *spec.shape]``, model units) with noise of level t = ``strength``.
         keep: ``[1, *spec.shape]`` or broadcast to it, True where the image must stay as it is; needs ``image``. In
-            latents the image stays where all that a latent stands for does, and the rest is the decoder's.
+            latents the image stays where all that a latent stands for does, and what is kept is put back at the end.
         seconds: how long it may take, waiting included; None: as long as it takes.
         watch: given each :class:`.Frame`, of what the denoiser sees, on the engine's thread: be quick.
     """
