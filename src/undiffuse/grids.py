@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from math import inf
 from typing import final
 
 import numpy as np
@@ -168,8 +169,8 @@ def beta_quantile(p: Tensor, a: float, b: float) -> Tensor:
 
 @dataclass(frozen=True)
 class ShiftedGrid(Grid):
-    """Another grid with sigma/alpha multiplied by ``shift``: more steps at high noise, for larger pictures (Esser et
-    al. 2024, arXiv:2403.03206, eq. 23, where it moves t of a flow).
+    """Another grid with sigma/alpha multiplied by ``shift``: above 1, more steps at high noise, for larger pictures
+    (Esser et al. 2024, arXiv:2403.03206, eq. 23, where it moves t of a flow).
 
     The first time stays where it is: alpha/sigma = w goes to ``w/shift + (1 - 1/shift) w_end``, which is the same for a
     schedule that ends in pure noise (w_end = 0), and nearly the same for one that almost does.
@@ -179,8 +180,8 @@ class ShiftedGrid(Grid):
     shift: float = 3.0
 
     def __post_init__(self) -> None:
-        if not self.shift >= 1:
-            raise UndiffuseError(f"shift of a grid must be at least 1, got {self.shift}")
+        if not 0 < self.shift < inf:
+            raise UndiffuseError(f"shift of a grid must be above 0 and finite, got {self.shift}")
 
     def nodes(self, schedule: Schedule, steps: int) -> Tensor:
         times = self.grid.nodes(schedule, steps)

@@ -433,3 +433,20 @@ def test_trap_S16_latents_are_not_clipped(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     with pytest.raises(UndiffuseError, match=r"no range \(trap S16\)"):
         Pipeline.load(tmp_path)
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+def test_the_verbs_take_a_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from undiffuse.commands import main
+
+    out = str(tmp_path / "made.png")
+    asked = ["--prompt", "a red circle", "-n", "2", "--steps", "2", "--out", out]
+    assert main(["sample", str(folder), *asked]) == 0
+    assert main(["sample", "--from", out, "--out", str(tmp_path / "again.png")]) == 0
+    assert "ddim, leading grid, 2 steps" in capsys.readouterr().out
+    assert main(["show", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    for said in ("StableDiffusionPipeline", "UNet2DConditionModel", "ScaledLinearBetas", "0.00468", "Eps"):
+        assert said in shown

@@ -23,6 +23,7 @@ undiffuse show demo --json         everything, for a program
 """
 
 CODEC = "codec.safetensors"
+DIFFUSERS = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def show(run_or_model: Annotated[AnyPath, tyro.conf.Positional], tail: int = 5) 
     """Describe a run or a saved model: data, settings, parameters, terminal SNR, last metrics, files.
 
     Args:
-        run_or_model: A run folder, the name of a run in ./runs, or a folder with a pipeline.json.
+        run_or_model: A run folder, the name of a run in ./runs, or a folder with a pipeline.json or of diffusers.
         tail: How many of the last lines of metrics to show.
 
     Raises:
@@ -107,7 +108,7 @@ def report(shown: Shown) -> str:
             f"model  {model.path}",
             f"  parameters    {short_count(model.parameters)} in {model.tensors} tensors, {', '.join(model.dtypes)}, "
             + short_bytes(model.size_bytes),
-            *([f"  terminal SNR  {snr}"] if "model" in model.pipeline else []),
+            *([f"  terminal SNR  {snr}"] if {"model", "diffusers"} & set(model.pipeline) else []),
             *_tree(model.pipeline),
         ]
     if shown.config:
@@ -126,7 +127,7 @@ def report(shown: Shown) -> str:
 def find(path: Path) -> Path:
     """The folder of a run or a model: the path itself, or the name of a run in ./runs."""
     for folder in (path, Path("runs") / path):
-        if is_run(folder) or (folder / "pipeline.json").is_file() or (folder / CODEC).is_file():
+        if is_run(folder) or any((folder / name).is_file() for name in ("pipeline.json", CODEC, DIFFUSERS)):
             return folder
     if not path.exists():
         raise UndiffuseError(f"{path}: no such run or model; `undiffuse ls` lists the runs")
@@ -139,6 +140,8 @@ def read_model(folder: Path) -> Model:
         from ..codecs import codec_meaning
 
         return _described(folder, folder / CODEC, codec_meaning(folder / CODEC), None)
+    if (folder / DIFFUSERS).is_file():
+        return _theirs(folder)
     pipeline = load_json(folder / "pipeline.json")
     if not isinstance(pipeline, dict):
         raise UndiffuseError(f"{folder / 'pipeline.json'}: must be a JSON object")
@@ -157,6 +160,36 @@ def _described(folder: Path, weights: Path, stated: dict[str, Any], terminal_snr
         size_bytes=weights.stat().st_size,
         pipeline=stated,
         terminal_snr=terminal_snr,
+    )
+
+
+def _theirs(folder: Path) -> Model:
+    """A folder of diffusers: its parts, and what its scheduler means in our words."""
+    from ..config import to_json
+    from ..interop.diffusers.folder import Folder
+    from ..interop.diffusers.schedulers import read_scheduler
+    from ..pipeline import REGISTRIES, Sampling
+
+    theirs = Folder(folder)
+    parts = [part for part in theirs.parts if (folder / part / "config.json").is_file()]
+    headers = {part: theirs.headers(part) for part in parts}
+    meaning = read_scheduler(*theirs.scheduler())
+    sampling = to_json(Sampling(meaning.solver, meaning.grid), REGISTRIES)
+    every = [header for each in headers.values() for header in each]
+    return Model(
+        path=folder,
+        parameters=sum(header.parameters for header in every),
+        tensors=sum(len(header.shapes) for header in every),
+        dtypes=tuple(sorted({dtype for header in every for dtype in header.dtypes.values()})),
+        size_bytes=sum(path.stat().st_size for part in parts for path in theirs.files(part)),
+        pipeline={
+            "diffusers": theirs.family,
+            "parts": {part: theirs.parts[part][1] for part in parts},
+            "schedule": str(meaning.schedule),
+            "prediction": type(meaning.prediction).__name__,
+            "sampling": {name: sampling[name] for name in ("solver", "grid")},
+        },
+        terminal_snr=meaning.schedule.terminal_snr,
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...conditions import Condition
 from ...errors import UndiffuseError, unknown
@@ -38,6 +38,8 @@ LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "watermark")
 """Parts that change nothing of what the model draws; they are not read."""
 
 Size = tuple[int, int]
+Tell = Callable[[Size], dict[str, Condition]]
+"""The conditions that are told for pictures of a size."""
 
 
 @final
@@ -148,7 +150,7 @@ class Made:
     steps: int
     guidance_scale: float = 1.0
     texts: Texts | None = None
-    told: Callable[[Size], dict[str, Condition]] = lambda size: {}
+    told: Tell = lambda size: {}
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     flow_grid: Grid | None = None
     classes: tuple[str, ...] = ()
@@ -188,7 +190,7 @@ def unconditional(parts: Parts) -> Made:
     )
 
 
-def with_hole(network: Adapter, codec: Autoencoder, told: Callable[[Size], dict[str, Condition]]) -> Any:
+def with_hole(network: Adapter, codec: Autoencoder, told: Tell) -> Tell:
     """``told``, and what is known of the picture if the network is one for inpainting: it has ``1 + 2 C`` channels."""
     latents = len(codec.mean)
     if network.in_channels == latents:
@@ -198,7 +200,15 @@ def with_hole(network: Adapter, codec: Autoencoder, told: Callable[[Size], dict[
             f"a network of {network.in_channels} channels in latents of {latents}: {latents} are a picture, "
             f"{1 + 2 * latents} one with a hole; others are not read here"
         )
-    return lambda size: told(size) | {"hole": Hole((1 + latents, size[0] // codec.factor, size[1] // codec.factor))}
+
+    def with_it(size: Size) -> dict[str, Condition]:
+        def grey() -> Tensor:
+            with torch.no_grad():
+                return codec.encode(torch.zeros(1, int(codec.config["in_channels"]), *size))
+
+        return told(size) | {"hole": Hole((1 + latents, size[0] // codec.factor, size[1] // codec.factor), grey)}
+
+    return with_it
 
 
 def stable_diffusion(parts: Parts) -> Made:
@@ -226,7 +236,7 @@ def stable_diffusion(parts: Parts) -> Made:
     )
 
 
-def guidance(network: Adapter, usual: float) -> Callable[[Size], dict[str, Condition]]:
+def guidance(network: Adapter, usual: float) -> Tell:
     """The guidance scale of a network into which guidance was distilled."""
     if "guidance" not in network.layout.sizes:
         return lambda size: {}

@@ -129,7 +129,7 @@ def hub_folder(name: str, variant: str | None, download: bool) -> tuple[Path, Pa
             raise UndiffuseError(f"{name}: cannot be fetched ({said})") from None
         raise UndiffuseError(
             f"{name}: no folder of that name, and no model of the Hugging Face Hub on this machine; "
-            "Pipeline.load(..., download=True) fetches it"
+            "Pipeline.load(..., download=True) fetches it (or `hf download NAME`)"
         ) from None
     return Path(place), Path(place).parents[1]
 

@@ -456,21 +456,16 @@ def spacing(options: Options, total: int) -> Grid:
         return Distilled(total, options.whole("original_inference_steps", 1, total))
     least, most = (options.take(key) if key in options.left else None for key in ("sigma_min", "sigma_max"))
     ends = (float(least or LEAST), float(most or MOST))
-    if "use_lu_lambdas" in options.left and options.flag("use_lu_lambdas"):
+    karras, exponential, beta = (options.flag(key) if key in options.left else False for key in SIGMAS)
+    even = "use_lu_lambdas" in options.left and options.flag("use_lu_lambdas")
+    if "interpolation_type" in options.left:
+        even = options.take("interpolation_type", "linear", "log_linear") == "log_linear"
+    if karras:
+        return Karras(7.0, *ends)
+    if exponential or even:
         return LogSNR(*ends)
-    if (
-        "interpolation_type" in options.left
-        and options.take("interpolation_type", "linear", "log_linear") == "log_linear"
-    ):
-        return LogSNR(*ends)
-    if "use_karras_sigmas" in options.left:
-        karras, exponential, beta = (options.flag(key) for key in SIGMAS)
-        if karras:
-            return Karras(7.0, *ends)
-        if exponential:
-            return LogSNR(*ends)
-        if beta:
-            return Beta()
+    if beta:
+        return Beta()
     # DPM-Solver's code counts the end point; k-diffusion's does not round.
     counts_end = name in ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler") or name.startswith(
         ("UniPC", "DEIS")

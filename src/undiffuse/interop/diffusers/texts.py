@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, final
 
 import torch
@@ -299,12 +300,15 @@ class ClassNumbers(Told):
 @final
 class Hole(Told):
     """What an inpainting network sees beside x: ``[B, 1 + C, h, w]``, 1 where the picture is to be made and 0 where it
-    is known, and the latents of the known picture (grey where it is not). It has no null value: NaN, which is refused.
+    is known, and the latents of the known picture, grey where it is not. Null is NaN everywhere: nothing is known.
+
+    Args:
+        grey: gives the latents ``[1, C, h, w]`` of a grey picture.
     """
 
-    def __init__(self, shape: Sequence[int]) -> None:
+    def __init__(self, shape: Sequence[int], grey: Callable[[], Tensor]) -> None:
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape, self.grey = tuple(shape), cache(grey)
         self.channels = self.shape[0]
 
     @property
@@ -314,12 +318,19 @@ class Hole(Told):
     def check(self, values: Tensor) -> Tensor:
         if tuple(values.shape[1:]) != self.shape:
             raise UndiffuseError(f"a hole takes [B, {', '.join(map(str, self.shape))}], got {list(values.shape)}")
-        if not bool(values.isfinite().all()):
-            raise UndiffuseError("an inpainting model needs a picture and what to keep of it: give image and keep")
+        lost = values.isnan().flatten(1)
+        if bool((lost.any(1) != lost.all(1)).any()) or bool(values.isinf().any()):
+            raise UndiffuseError("a hole holds NaN or infinite numbers (nothing but NaN means: nothing is known)")
         return values
 
     def null(self, batch: int) -> Tensor:
         return torch.full((batch, *self.shape), torch.nan, device=self.anchor.device)
 
     def embed(self, values: Tensor) -> Embedded:
-        return Embedded(channels=values)
+        lost = values.isnan().flatten(1).all(1)
+        if not bool(lost.any()):
+            return Embedded(channels=values)
+        grey = self.grey().to(values)
+        return Embedded(
+            channels=torch.where(lost[:, None, None, None], torch.cat([torch.ones_like(grey[:, :1]), grey], 1), values)
+        )
