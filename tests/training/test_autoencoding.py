@@ -285,6 +285,23 @@ def test_a_model_learned_in_latents_samples_data(run: Path, tmp_path: Path) -> N
         run_training(latents, recipe(), tmp_path / "ae2", device="cpu")
 
 
+def test_the_doctor_finds_a_codec_s_run_well(tmp_path: Path) -> None:
+    import undiffuse
+
+    file, out = str(tmp_path / "squares.npz"), tmp_path / "run"
+    np.savez(file, data().values(range(200)), labels=np.arange(200) % 2)
+    undiffuse.train(file, recipe="autoencoder", model_size="tiny", steps=8, out=out, set=("codec.adversarial=0.1",))
+    lights = {each.check: each.light for each in undiffuse.doctor(str(out), resume=True).findings}
+    assert lights["resume"] == lights["average"] == lights["checkpoints"] == "green"
+    shown = undiffuse.show(out)
+    assert shown.model is not None
+    assert shown.model.pipeline["kind"] == "autoencoder"
+    with pytest.raises(UndiffuseError, match="a codec makes no samples"):
+        undiffuse.sample(out)
+    with pytest.raises(UndiffuseError, match="without --codec"):
+        undiffuse.train(file, recipe="autoencoder", codec=out, out=tmp_path / "other")
+
+
 def test_evaluation_and_the_proof_of_resume_work_on_a_latent_run(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..codecs import FILE, codec_meaning
 from ..config import load_json
 from ..errors import UndiffuseError
 from ..pipeline import resolve_device
@@ -116,9 +117,13 @@ def _model(run: Path) -> Iterator[Finding]:
     if not folder.is_dir():
         yield Finding("average", "yellow", "no model/ yet", "it is written with the first checkpoint")
         return
+    codec = folder / FILE
     try:
-        weights = read_weights(folder / "model.safetensors")
-        step = load_json(folder / "pipeline.json")["info"]["step"]
+        if codec.is_file():
+            weights, step = read_weights(codec), codec_meaning(codec)["info"]["step"]
+        else:
+            weights = read_weights(folder / "model.safetensors")
+            step = load_json(folder / "pipeline.json")["info"]["step"]
     except (UndiffuseError, OSError, KeyError, TypeError) as error:
         yield Finding("average", "red", f"model/ cannot be read: {error}", AGAIN)
         return

@@ -578,12 +578,12 @@ class _Run:
 
     def _preview(self) -> None:
         """What people look at while it learns."""
-        folder, path = self.out / "samples", None
+        folder = self.out / "samples"
         with _tolerant(f"no preview at update {self.trainer.step}"):
             folder.mkdir(exist_ok=True)
             path = self.trainer.task.preview(self.trainer, self.whole, folder, str(self.out))
-        if path is not None and self.tracker is not None and path.suffix == ".png":
-            self.tracker.picture(self.trainer.step, path)
+            if path is not None and self.tracker is not None and path.suffix == ".png":
+                self.tracker.picture(self.trainer.step, path)
 
     def _save(self) -> None:
         """Begin to write a checkpoint, and the averaged weights as ``model/``: copied now, written by a thread while
