@@ -381,7 +381,7 @@ def test_a_trajectory_is_shown_decoded(tmp_path: Path) -> None:
     for name in ("a.gif", "a.png"):
         write_samples(tmp_path / name, model, 2, 0, None, model.settings(), 64, None, "m", {})
     with Image.open(tmp_path / "a.gif") as film, Image.open(tmp_path / "a.png") as still:
-        assert film.n_frames == 4
+        assert getattr(film, "n_frames", 1) == 4
         film.seek(3)
         assert film.size == still.size
         assert np.abs(np.asarray(film.convert("RGB"), int) - np.asarray(still.convert("RGB"), int)).mean() < 8

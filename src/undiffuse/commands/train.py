@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -87,7 +88,7 @@ def train(
     Args:
         data: A folder, .zip or .tar of images, a .npy or .npz file, hf:NAME[:SPLIT] of the Hugging Face Hub, or the
             name of a data set: digits, mnist, moons, swissroll, checkerboard, shapes (with captions).
-        out: The run folder (default: runs/ and the name of the data).
+        out: The run folder (default: runs/ and the name of the data, with -codec or -latents after it for these).
         recipe: default, digits, mnist, points, images, text (pictures with captions), autoencoder (a codec, for
             --codec) or tiny (seconds, for tests).
         steps: Length of the run in updates.
@@ -160,31 +161,38 @@ def train(
     words += [name for name, given in flags.items() if given]
     words += [word for setting in set for word in ("--set", setting)]
     called = Path(data).stem if Path(data).exists() else re.sub(r"[^\w.-]+", "-", data)
+    called += "-codec" if recipe == "autoencoder" else "-latents" if codec is not None else ""
     folder = Path(out) if out is not None else Path("runs") / called
-    with joined(device) as (team, _), screen() as (say, progress):
+    with joined(device) as (team, place), screen() as (say, progress):
+        prepared = partial(
+            prepare,
+            data,
+            recipe=recipe,
+            steps=steps,
+            images=images,
+            minutes=minutes,
+            batch_size=batch_size,
+            image_size=image_size,
+            channels=channels,
+            model_size=model_size,
+            codec=codec,
+            device=place,
+            seed=seed,
+            data_root=data_root,
+            labels=labels,
+            attributes=attributes,
+            numbers=numbers,
+            length=length,
+            frames=frames,
+            strict=strict,
+            set=set,
+        )
+        if codec is not None and team.size > 1:  # one encodes the data, and the others find them in the cache
+            with team.agree():
+                if team.first:
+                    prepared()
         with team.agree():
-            dataset, chosen = prepare(
-                data,
-                recipe=recipe,
-                steps=steps,
-                images=images,
-                minutes=minutes,
-                batch_size=batch_size,
-                image_size=image_size,
-                channels=channels,
-                model_size=model_size,
-                codec=codec,
-                device=device,
-                seed=seed,
-                data_root=data_root,
-                labels=labels,
-                attributes=attributes,
-                numbers=numbers,
-                length=length,
-                frames=frames,
-                strict=strict,
-                set=set,
-            )
+            dataset, chosen = prepared()
             if until_converged:
                 chosen = with_convergence(chosen, given_length=steps is not None or images is not None)
         result = run_training(
