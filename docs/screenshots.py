@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -22,8 +22,12 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import undiffuse  # noqa: E402
 from studio_page import CHROMIUM, Running, running  # noqa: E402
+from undiffuse.studio.app import MODEL  # noqa: E402
 
 FOLDER = ROOT / "docs" / "images"
+PROMPT = "a small red circle left of a large blue square"
+WORDS = Path("runs/shapes/model")
+"""Of `undiffuse train shapes --recipe text`, which takes longer than all pictures: without it that one stays."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Shot:
     scheme: str = "light"
     clicks: tuple[str, ...] = ()
     ready: str = "now.painted"
+    hover: str | None = None
+    model: Path = MODEL
 
 
 SHOTS = {
@@ -45,6 +51,14 @@ SHOTS = {
     ),
     "studio_solvers": Shot("solvers?calls=5&asolver=euler&bsolver=dpmpp_2m&schedule=cosine&points=12", height=960),
     "studio_guidance": Shot("guidance?classes=3&seed=2", height=1010),
+    "studio_words": Shot(
+        f"guidance?prompt={PROMPT.replace(' ', '+')}&scale=4&seed=2&i=1&steps=12",
+        height=1150,
+        scheme="dark",
+        ready="now.told",
+        hover="[aria-label='The words of the prompt'] button:nth-child(3)",
+        model=WORDS,
+    ),
     "studio_plane": Shot(
         "plane?cloud=moons&pt=0.25&updates=1500",
         height=830,
@@ -83,6 +97,8 @@ def take(page: Page, server: Running, shot: Shot) -> Image.Image:
     wait(shot.ready)
     page.mouse.move(0, 0)
     page.evaluate("document.activeElement.blur()")
+    if shot.hover is not None:
+        page.hover(shot.hover)
     time.sleep(1)
     return Image.open(BytesIO(page.screenshot()))
 
@@ -99,18 +115,24 @@ def main(names: list[str]) -> None:
                 undiffuse.train("digits", out=Path(folder) / name, images=160 * 128, seed=seed, set=changes)
                 runs[name] = Path(folder) / name
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        with running(runs=runs) as server:
-            page = browser.new_context(device_scale_factor=1.25).new_page()
-            page.set_default_timeout(120_000)
-            page.goto(server.link)
-            page.wait_for_selector(".lab")
-            for name in names:
-                shot = SHOTS[name]
-                if name == "studio_runs":
-                    shot = Shot("runs?runs=" + "|".join(runs), shot.width, shot.height, shot.scheme, (), shot.ready)
-                picture = take(page, server, shot).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
-                picture.save(FOLDER / f"{name}.png", optimize=True)
-                print(f"{name}.png  {(FOLDER / f'{name}.png').stat().st_size / 1000:.0f} kB", flush=True)
+        for model in dict.fromkeys(SHOTS[name].model for name in names):
+            if not model.is_dir():
+                print(f"there is no {model}: its pictures stay as they are")
+                continue
+            with running({model.parent.name if model == WORDS else "digits": model}, runs=runs) as server:
+                page = browser.new_context(device_scale_factor=1.25).new_page()
+                page.set_default_timeout(120_000)
+                page.goto(server.link)
+                page.wait_for_selector(".lab")
+                for name in names:
+                    shot = SHOTS[name]
+                    if name == "studio_runs":
+                        shot = replace(shot, state="runs?runs=" + "|".join(runs))
+                    if shot.model != model:
+                        continue
+                    picture = take(page, server, shot).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+                    picture.save(FOLDER / f"{name}.png", optimize=True)
+                    print(f"{name}.png  {(FOLDER / f'{name}.png').stat().st_size / 1000:.0f} kB", flush=True)
         browser.close()
 
 

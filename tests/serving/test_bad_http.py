@@ -421,6 +421,12 @@ def test_HTTP_31_SV9_addresses_are_never_followed(server: Running, url: str) -> 
     assert server.ask("/models/tiny", {"inputs": url})[0] == 400
 
 
+@pytest.mark.parametrize("side", [-(10**13), -1, 0, 65537, 10**30])
+def test_HTTP_21_sizes_that_cannot_be(server: Running, side: int) -> None:
+    status, _, text = server.ask("/models/tiny", {"inputs": "1", "parameters": {"width": side, "height": side}})
+    assert (status, json.loads(text)["error"]["code"]) == (400, "invalid_value")
+
+
 @pytest.mark.parametrize(
     "name", ["../../x", "C:\\\\x", "x\0.png", "a" * 300, "", "..", "/etc/passwd", "CON", "a\tb", "\N{PILE OF POO}"]
 )

@@ -180,6 +180,7 @@ FORMS = (
     "quality",
     "strip",
     "walk",
+    "words",
     "animation",
 )
 PLANES = ("plane", "plane/train", "plane/stop")
@@ -389,3 +390,34 @@ def test_the_verb_names_what_is_wrong(tmp_path: Path) -> None:
         shutil.copytree(MODEL, tmp_path / folder)
     with pytest.raises(UndiffuseError, match="rename one"):
         studio_verb((tmp_path / "a/x", tmp_path / "b/x"))
+
+
+def test_of_a_model_in_latents_the_page_gets_data(tmp_path: Path) -> None:
+    from test_codecs import SPEC, data, fold
+    from test_codecs import pipeline as latent
+
+    model = latent(fold())
+    folder = model.save(tmp_path / "latent")
+    pictures = SPEC.to_data(data(4))
+    np.savez(folder / "examples.npz", values=pictures, labels=np.zeros(4, int))
+    sampling = model.settings(steps=3)
+    wanted = model.draw(2, seed=1, sampling=sampling)
+    with running({"latent": folder}) as server:
+        form = {"n": 2, "seed": 1, "steps": 3, "picture": 2}
+        head, trace = server.message("/studio/trace", form)
+        assert trace["x"].shape == trace["x0"].shape == trace["eps"].shape == (4, 2, 3, 8, 8)
+        assert np.allclose(trace["x"][-1], wanted, atol=1e-4)
+        real = model.encode(SPEC.to_model(pictures[2:3]))
+        assert np.allclose(trace["forward"][-1], model.decode(real).expand(2, -1, -1, -1), atol=1e-4)
+        assert np.allclose(trace["forward"][0], trace["x"][0], atol=1e-4)  # one noise, and nothing else at t = 1
+        _, branch = server.message("/studio/branch", {"base": form, "index": 1, "then": form})
+        assert np.allclose(branch["x"][0], trace["x"][1], atol=1e-5)
+        _, noised = server.message("/studio/trace", {**form, "start": "noised", "t": 0.5})
+        begun = model.begin(2, seed=1, image=SPEC.to_model(pictures[2:3]), strength=0.5, sampling=sampling)
+        assert np.allclose(noised["x"][0], model.decode(begun.x), atol=1e-4)
+        head, _ = server.message("/studio/trace", {**form, "steps": 30, "start": "inverted"})
+        assert head["round_trip"] < 0.5
+        _, walk = server.message(
+            "/studio/walk", {"base": {"steps": 3}, "corners": [1, 2, 3, 4], "columns": 2, "rows": 1}
+        )
+        assert np.allclose(walk["x"][0], wanted[0], atol=1e-4)

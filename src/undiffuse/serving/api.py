@@ -119,8 +119,8 @@ class Samples(How):
 class Parameters(How):
     """``parameters`` of Hugging Face's text-to-image."""
 
-    width: int | None = None
-    height: int | None = None
+    width: int | None = Field(None, ge=1, le=65536)
+    height: int | None = Field(None, ge=1, le=65536)
     scheduler: str | None = Field(None, max_length=100, description="the name of a solver")
 
 

@@ -401,7 +401,7 @@ class Studio:
             return None
         x0 = pipeline.encode(self.chosen(name, pipeline, form.picture, 1)[0].to(pipeline.device)).cpu()
         eps = trace.x[0] / float(torch.hypot(trace.levels[0].alpha, trace.levels[0].sigma))
-        return torch.stack([level.mix(x0, eps) for level in trace.levels])
+        return torch.stack([level.mix(x0.expand_as(eps), eps) for level in trace.levels])
 
     @staticmethod
     def acts(ask: labs.Ask) -> None:
@@ -428,12 +428,13 @@ class Studio:
             return self._pictures[name]
 
     def chosen(self, name: str, pipeline: Pipeline, first: int, count: int) -> tuple[Tensor, list[int | None]]:
-        """``count`` pictures from number ``first`` on, and their classes."""
+        """``count`` pictures from number ``first`` on, and their classes where the model knows classes."""
         pictures = self.pictures(name, pipeline)
         if not len(pictures.x):
             raise UndiffuseError("there is no picture to begin from: add one")
         places = [(first + i) % len(pictures.x) for i in range(count)]
-        return pictures.x[places], [pictures.labels[i] for i in places]
+        asked = "classes" in pipeline.denoiser.null(1)
+        return pictures.x[places], [pictures.labels[i] if asked else None for i in places]
 
     def add(self, form: Picture, limits: api.Limits) -> int:
         name, pipeline = self.model(form.model)

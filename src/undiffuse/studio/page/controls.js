@@ -143,7 +143,7 @@ export function open(key, empty, changed) {
 /** Words. Enter asks, as leaving the box does; with `lines` it begins the next.
  *  @param {string} key @param {string} hint @param {() => void} changed @param {number} [lines] */
 export function written(key, hint, changed, lines = 0) {
-  const input = el("textarea", { id: `knob-${key}`, rows: lines || 3, placeholder: hint, maxLength: 2000, spellcheck: false });
+  const input = el("textarea", { id: `knob-${key}`, rows: lines || 2, placeholder: hint, maxLength: 2000, spellcheck: false });
   input.value = state.text(key);
   const ask = () => {
     if (input.value.trim() === state.text(key)) return;

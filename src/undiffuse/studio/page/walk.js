@@ -15,7 +15,7 @@ export const now = {};
 
 export default {
   title: "Walk",
-  words: "Between two noises lies a whole road of noises, and each becomes data. Walk across and down, or through the classes.",
+  words: "Between two noises lies a whole road of noises, and each becomes data. Walk across and down, or through classes and prompts.",
   /** @param {HTMLElement} root @param {World} world @param {() => void} again */
   open(root, world, again) {
     const model = modelOf(world);
@@ -99,7 +99,11 @@ export default {
       load();
     };
     const prompts = written("prompts", "a red circle\na blue square", load, 4);
-    const dress = () => { prompts.hidden = !text || down() !== text; };
+    const asks = conditionKnobs(model, "walk", load, usual);
+    const dress = () => {
+      prompts.hidden = !text || down() !== text;
+      asks.forEach((knob, i) => { if (knob) knob.hidden = model.conditions[i] === down(); }); // every row asks for its own
+    };
     dress();
     const redraw = () => load();
     window.addEventListener("redress", redraw);
@@ -111,7 +115,7 @@ export default {
         ...(text ? [prompts] : []),
         el("div", { class: "knob" }, el("div", { class: "knob-head" }, el("label", { htmlFor: "knob-corners" }, "Corner seeds"), why("corners")), seeds),
         el("button", { type: "button", id: "others", onclick: others }, "Other corners"),
-        ...conditionKnobs(model, "walk", load, usual),
+        ...asks,
         ...shared(world, ["against", "model", "scale", "steps", "solver"], load, again)),
       el("div", { class: "stage" },
         el("div", { class: "working" }),
