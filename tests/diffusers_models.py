@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -360,3 +361,77 @@ def ldm() -> Any:
         scaling_factor=0.5,
     )
     return diffusers.LDMPipeline(vqvae=vqvae, unet=pixels(), scheduler=latent_scheduler())
+
+
+# --- The names of CompVis ---------------------------------------------------------------------------------------------
+
+UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+UNET_BLOCK = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE_PARTS = {
+    "conv_norm_out": "norm_out",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+    "conv_shortcut": "nin_shortcut",
+}
+
+
+def unet_name(name: str) -> str:
+    """Of a tensor of :func:`unet`, one layer a block, in the original code."""
+    for ours, original in UNET_ENDS.items():
+        if name.startswith(f"{ours}."):
+            return original + name[len(ours) :]
+    place, kind, number, rest = re.fullmatch(  # type: ignore[union-attr]
+        r"(mid_block|\w+_blocks\.\d)\.(\w+)\.(\d)\.(.*)", name
+    ).groups()
+    if kind == "resnets":
+        part, rest = rest.split(".", 1)
+        rest = f"{UNET_BLOCK[part]}.{rest}"
+    if place == "mid_block":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * int(number)}.{rest}"
+    level = int(place[-1])
+    if kind == "downsamplers":
+        return f"input_blocks.{2 * level + 2}.0.op.{rest.removeprefix('conv.')}"
+    if kind == "upsamplers":
+        return f"output_blocks.{2 * level + 1}.2.{rest}"
+    index = 2 * level + int(number)
+    way = f"input_blocks.{1 + index}" if place.startswith("down") else f"output_blocks.{index}"
+    return f"{way}.{0 if kind == 'resnets' else 1}.{rest}"
+
+
+def vae_name(name: str, levels: int = 3) -> str:
+    """Of a tensor of :func:`vae` in the original code."""
+    for ours, original in VAE_PARTS.items():
+        name = name.replace(ours, original)
+    name = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", name)
+    name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
+    name = re.sub(r"up_blocks\.(\d)\.resnets", lambda m: f"up.{levels - 1 - int(m[1])}.block", name)
+    return re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{levels - 1 - int(m[1])}.upsample", name)
+
+
+def in_one(pipeline: Any) -> dict[str, torch.Tensor]:
+    """The weights of :func:`sd` as a checkpoint in one file has them."""
+    one = {f"model.diffusion_model.{unet_name(name)}": tensor for name, tensor in pipeline.unet.state_dict().items()}
+    for name, tensor in pipeline.vae.state_dict().items():
+        name = vae_name(name)
+        one[f"first_stage_model.{name}"] = tensor[..., None, None] if "attn_1" in name and tensor.ndim == 2 else tensor
+    text = pipeline.text_encoder.state_dict().items()
+    return one | {f"cond_stage_model.transformer.text_model.{name}": tensor for name, tensor in text}

@@ -242,6 +242,26 @@ def test_bad_configs_are_refused_in_one_line(folder: Path, name: str, content: b
     assert time.process_time() - begun < 30  # not a promise of speed: that it does not hang
 
 
+def test_LD5_tables_that_no_file_holds_are_not_allocated(tmp_path: Path) -> None:
+    theirs = tiny.pixart()
+    theirs.save_pretrained(tmp_path)
+    edit(tmp_path / "transformer/config.json", sample_size=100_000)
+    with pytest.raises(UndiffuseError, match="the weights hold"):
+        Pipeline.load(tmp_path)
+    tiny.ddim().save_pretrained(tmp_path / "pixels")
+    edit(tmp_path / "pixels/unet/config.json", sample_size=1_000_000)
+    with pytest.raises(UndiffuseError, match="at most 16384"):
+        Pipeline.load(tmp_path / "pixels")
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_C7_a_pipe_is_not_opened(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(UndiffuseError, match="neither a file nor a folder"):
+        Pipeline.load(folder)
+
+
 NAMES = [
     "../x", "..", "/etc/passwd", "a/b", "a\\b", "C:\\x", "C:x", "\\\\host\\x", "%2e%2e", "x\0y", "x.", "x ", " x", "~x",
     "$HOME", ".hidden", "", "a/../b", "x\ny", "..\\x", "file:///x", "http://x", "a" * 300, "-rf", "x..y",
@@ -369,6 +389,20 @@ def test_trap_X3_one_file_does_not_say_what_it_predicts(folder: Path) -> None:
     (folder / "short.safetensors").write_bytes(path.read_bytes()[:100])
     with pytest.raises(UndiffuseError, match="damaged"):
         Pipeline.load(folder / "short.safetensors", config=folder)
+
+
+def test_a_checkpoint_in_one_file_is_the_folder(saved: Path, tmp_path: Path) -> None:
+    """Written as CompVis did; the folder beside it needs no weights."""
+    path = tmp_path / "one.safetensors"
+    path.write_bytes(b"".join(pieces(tiny.in_one(tiny.sd()), {"format": "pt"})))
+    config = Path(shutil.copytree(saved, tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors")))
+    ours = Pipeline.load(path, config=config)
+    folder = Pipeline.load(saved)
+    assert ours.fingerprint == folder.fingerprint
+    assert ours.sampling == folder.sampling
+    edit(config / "unet/config.json", cross_attention_dim=24)
+    with pytest.raises(UndiffuseError, match="cannot be read as the StableDiffusionPipeline"):
+        Pipeline.load(path, config=config)
 
 
 # --- The Hub ----------------------------------------------------------------------------------------------------------

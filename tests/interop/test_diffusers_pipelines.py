@@ -633,3 +633,69 @@ def test_every_solver_runs_on_every_family(tmp_path: Path, name: str) -> None:
     ours = small(Pipeline.load(tmp_path))
     for solver in SOLVERS:
         finite(ours, solver, 3)
+
+
+def test_threads_share_a_network_without_hearing_each_other(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    tiny.flux().save_pretrained(tmp_path)
+    ours = Pipeline.load(tmp_path).resized(32, 32)
+
+    def made(seed: int) -> np.ndarray:
+        return ours.sample(1, seed=seed, prompts=[PROMPTS[seed % 2]], steps=2 + seed, cond={"guidance": [[1.0 + seed]]})
+
+    alone = [made(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(made, range(4)))
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_long_prompts_are_cut_and_said(tmp_path: Path) -> None:
+    theirs = tiny.sd()
+    ours = both(theirs, tmp_path)
+    words = "a red circle and a green square on the sea of a small house and the big dog"
+    with pytest.warns(UserWarning, match=r"the text has 21 tokens, text_encoder reads 14: cut was"):
+        ours.conditions([0], None, [words])
+    latents = theirs(
+        prompt=[words], latents=noise(ours, 1), num_inference_steps=2, guidance_scale=3.0, output_type="latent"
+    ).images
+    settings = ours.settings(steps=2, guidance_scale=3.0)
+    *_, last = ours.frames(1, seed=SEED, prompts=[words], sampling=settings)
+    agree(last.x, latents)
+
+
+ODD: dict[str, tuple[dict[str, Any], str]] = {
+    "keep_alone": ({"keep": np.ones((1, 32, 32), bool)}, "give image as well"),
+    "keep_type": ({"image": np.zeros((1, 32, 32, 3), np.uint8), "keep": np.ones((1, 32, 32))}, "must be boolean"),
+    "keep_shape": ({"image": np.zeros((1, 32, 32, 3), np.uint8), "keep": np.ones((1, 8, 8), bool)}, "mask of shape"),
+    "image_type": ({"image": np.zeros((1, 32, 32, 3)), "strength": 0.5}, "dtype float64"),
+    "image_size": ({"image": np.zeros((1, 16, 16, 3), np.uint8), "strength": 0.5}, "expected"),
+    "strength": ({"image": np.zeros((1, 32, 32, 3), np.uint8), "strength": 1.5}, "strength must be"),
+    "strength_zero": ({"image": np.zeros((1, 32, 32, 3), np.uint8), "strength": 0.0}, "strength must be"),
+    "condition": ({"cond": {"size": [[1, 2]]}}, "unknown condition"),
+    "classes": ({"classes": [1]}, "without classes"),
+    "threshold": ({"threshold": "static"}, "in latents"),
+    "negative": ({"negative_prompt": "a", "guidance_scale": 1.0}, "acts through guidance"),
+    "steps": ({"steps": 1001}, "1001 steps"),
+    "solver": ({"solver": "ddpm_learned"}, "learned variance"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_requests_are_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, plain: Any, case: str) -> None:
+    folder = tmp_path_factory.mktemp("odd")
+    plain.scheduler = tiny.latent_scheduler()
+    ours = both(plain, folder)
+    odd, said = ODD[case]
+    asked: dict[str, Any] = {"prompts": PROMPTS, "steps": 2, **odd}
+    with pytest.raises(ValueError, match=said) as error:
+        ours.sample(1, **asked)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("size", [(30, 32), (0, 32), (32,), (32.0, 32), (1 << 20, 32), ("32", "32")])
+def test_odd_sizes_are_refused(tmp_path: Path, plain: Any, size: Any) -> None:
+    plain.scheduler = tiny.latent_scheduler()
+    ours = both(plain, tmp_path)
+    with pytest.raises(ValueError, match=r"pictures? "):
+        ours.resized(*size)

@@ -23,6 +23,8 @@ from ...weights import Header, read_header
 LARGEST_NUMBER = 1 << 24
 """In a config of a network; above it nothing real has a size."""
 MOST_LAYERS = 1024
+MOST_PLACES = 50_000_000
+"""Numbers in tables of positions that a network computes for itself."""
 LAYERS = re.compile(r"^num_.*(layers|blocks)$|^num_layers|layers_per_block")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".onnx")
 CODE = ("auto_map", "custom_pipeline", "custom_pipelines", "_target_", "trust_remote_code", "quantization_config")
@@ -102,12 +104,14 @@ class Folder:
                 self.options[name] = value
 
     def inside(self, *names: str) -> Path:
-        """A file or folder of it, which is where its name says."""
+        """A file or folder of it, which is where its name says, and which is no device."""
         for name in names:
             safe_name(name, str(self.path))
         path = self.path.joinpath(*names)
         if not path.resolve().is_relative_to(self.root):
             raise UndiffuseError(f"{path}: is a link that leaves the folder; copy what it points to")
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UndiffuseError(f"{path}: neither a file nor a folder")
         return path
 
     def json(self, *names: str) -> dict[str, Any]:
@@ -193,14 +197,16 @@ def load_part(
     headers = folder.headers(part)
     try:
         with torch.device("meta"):
-            wanted = sum(parameter.numel() for parameter in make(config).parameters())
+            planned = make(config)
     except UndiffuseError:
         raise
     except Exception as error:  # whatever a library makes of a config that it does not understand
         raise UndiffuseError(f"{where}: its config.json does not build a network ({_line(error)})") from None
     held = sum(header.parameters for header in headers)
-    if wanted > held * 1.05 + 10_000:
-        raise UndiffuseError(f"{where}: config.json describes {wanted:,} numbers, the weights hold {held:,}")
+    wanted = sum(parameter.numel() for parameter in planned.parameters())
+    tables = sum(buffer.numel() for buffer in planned.buffers())  # of positions; not all of them are in the file
+    if wanted > held * 1.05 + 10_000 or tables > held + MOST_PLACES:
+        raise UndiffuseError(f"{where}: config.json describes {wanted + tables:,} numbers, the weights hold {held:,}")
     options: dict[str, Any] = {
         name: dtype,
         "use_safetensors": True,

@@ -27,6 +27,8 @@ from .folder import PICKLES, Folder, describe_parts
 from .networks import NETWORKS, Seats
 from .schedulers import DEFAULTS, Meaning, read_scheduler
 
+LARGEST = 16_384
+"""Pixels along a side."""
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -245,8 +247,10 @@ class DiffusersHome:
         made, meaning = self.made, self.meaning
         height, width = size
         factor = made.network.patch * (1 if made.codec is None else made.codec.factor)
-        if min(size) < 1 or height % factor or width % factor:
-            raise UndiffuseError(f"pictures of {height} x {width}: both must be multiples of {factor}")
+        if min(size) < 1 or max(size) > LARGEST or height % factor or width % factor:
+            raise UndiffuseError(
+                f"pictures of {height} x {width}: both must be multiples of {factor}, and at most {LARGEST}"
+            )
         if made.network.fixed and size != made.size:
             raise UndiffuseError(f"this network makes pictures of {made.size[0]} x {made.size[1]} only")
         conditions: dict[str, Condition] = {} if made.texts is None else {"prompt": made.texts}

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from math import log
+from threading import RLock
 from typing import Any, ClassVar, final
 
 import torch
@@ -59,15 +61,17 @@ class Seats:
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device
         self.seated: nn.Module | None = None
+        self.turn = nullcontext() if device is None else RLock()
 
     @contextmanager
     def __call__(self, module: nn.Module) -> Iterator[torch.device]:
         """The device, with the module on it."""
-        if self.device is not None and self.seated is not module:
-            if self.seated is not None:
-                self.seated.to("cpu")
-            self.seated = module.to(self.device)
-        yield self.device or next(module.parameters()).device
+        with self.turn:
+            if self.device is not None and self.seated is not module:
+                if self.seated is not None:
+                    self.seated.to("cpu")
+                self.seated = module.to(self.device)
+            yield self.device or next(module.parameters()).device
 
 
 class Adapter(nn.Module, ABC):
@@ -207,11 +211,19 @@ class MMDiT(Adapter):
         ).sample
 
 
+TOLD: ContextVar[tuple[Tensor, ...]] = ContextVar("TOLD", default=())
+"""What the embedding of time is told in the call of this thread."""
+
+
 @final
 class FluxTransformer(Adapter):
     """``FluxTransformer2DModel``: its pictures are rows of patches of 2 x 2 latents, each with its place."""
 
     patch = 2
+
+    def __init__(self, inner: nn.Module, layout: Layout) -> None:
+        super().__init__(inner, layout)
+        inner.get_submodule("time_text_embed").register_forward_pre_hook(exactly)
 
     @property
     def in_channels(self) -> int:
@@ -227,8 +239,8 @@ class FluxTransformer(Adapter):
         rows = x.unflatten(3, (width, 2)).unflatten(2, (height, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         ends = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
         places = torch.stack([torch.zeros(height, width, device=x.device), *torch.meshgrid(*ends, indexing="ij")], -1)
-        told = [label] if scale is None else [label, 1000 * scale[:, 0].float()]
-        with exactly(self.inner.get_submodule("time_text_embed"), told):
+        before = TOLD.set((label,) if scale is None else (label, 1000 * scale[:, 0].float()))
+        try:
             y = self.inner(
                 hidden_states=rows,
                 timestep=label / 1000,
@@ -238,19 +250,17 @@ class FluxTransformer(Adapter):
                 txt_ids=torch.zeros(tokens.shape[1], 3, device=x.device),
                 img_ids=places.flatten(0, 1),
             ).sample
+        finally:
+            TOLD.reset(before)
         y = y.unflatten(1, (height, width)).unflatten(3, (-1, 2, 2))
         return y.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-@contextmanager
-def exactly(embedding: nn.Module, told: list[Tensor]) -> Iterator[None]:
-    """Give the embedding of time (and guidance) its numbers in float32: on its way there the network rounds them to its
-    own type, and of the thousand times only 507 survive bfloat16 (trap P1)."""
-    handle = embedding.register_forward_pre_hook(lambda module, given: (*told, *given[len(told) :]))
-    try:
-        yield
-    finally:
-        handle.remove()
+def exactly(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before time (and guidance) are embedded: in float32, as they were told. On their way there the network rounds
+    them to its own type, and of the thousand times only 507 survive bfloat16 (trap P1)."""
+    told = TOLD.get()
+    return (*told, *given[len(told) :])
 
 
 NETWORKS: dict[str, type[Adapter]] = {

@@ -185,6 +185,16 @@ class Texts(Written):
                 begin += reader.words
         return rows
 
+    def check(self, values: Tensor) -> Tensor:
+        values = super().check(values)
+        for name, part in zip(
+            self.names, values.split([self.reader(name).words for name in self.names], 1), strict=True
+        ):
+            count = int(self.reader(name).model.config.vocab_size)  # type: ignore[union-attr]
+            if bool(((part < 0) | (part > count)).any()):
+                raise UndiffuseError(f"a token is not one of the {count} of {name}: they are another model's")
+        return values
+
     def embed(self, values: Tensor) -> Embedded:
         said = [self.said(row) for row in values.cpu()]
         tokens, mask = torch.stack([each.tokens for each in said]), torch.stack([each.mask for each in said])
@@ -195,18 +205,18 @@ class Texts(Written):
     def said(self, row: Tensor) -> Said:
         """What is said of one row of tokens, kept."""
         key = row.numpy().tobytes()
-        if key not in self.kept:
+        said = self.kept.pop(key, None)
+        if said is None:
             parts = row.split([self.reader(name).words for name in self.names])
             words = [[token - 1 for token in part.tolist() if token] for part in parts]
             said = self.arrange([self.reader(name)(each) for name, each in zip(self.names, words, strict=True)])
             if self.zeros and not any(words):
                 pooled = None if said.pooled is None else torch.zeros_like(said.pooled)
                 said = Said(torch.zeros_like(said.tokens), pooled, said.mask)
-            self.kept[key] = said
-            if len(self.kept) > KEPT:
-                self.kept.popitem(last=False)
-        self.kept.move_to_end(key)
-        return self.kept[key]
+        self.kept[key] = said
+        while len(self.kept) > KEPT:
+            self.kept.popitem(last=False)
+        return said
 
     def _apply(self, *given: Any, **options: Any) -> Texts:
         self.kept.clear()  # what is kept lies where the encoders lay
