@@ -385,3 +385,25 @@ def test_a_trajectory_is_shown_decoded(tmp_path: Path) -> None:
         film.seek(3)
         assert film.size == still.size
         assert np.abs(np.asarray(film.convert("RGB"), int) - np.asarray(still.convert("RGB"), int)).mean() < 8
+
+
+def test_no_more_is_decoded_together_than_a_slice_and_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = Scaled(3, 2.0)
+    measure(codec, [data()], "noise")
+    seen: list[tuple[int, ...]] = []
+    plain = Scaled.reconstruct
+
+    def watched(self: Scaled, latent: Tensor) -> Tensor:
+        seen.append(tuple(latent.shape))
+        return plain(self, latent)
+
+    model, z = pipeline(codec), torch.randn(5, *SPEC.shape)
+    whole = model.decode(z)
+    monkeypatch.setattr(Scaled, "reconstruct", watched)
+    monkeypatch.setattr("undiffuse.pipeline.DECODED", 2 * 3 * 8 * 8)
+    assert torch.equal(model.decode(z), whole)
+    assert [shape[0] for shape in seen] == [2, 2, 1]
+    seen.clear()
+    model.tiling = Tiling(3)
+    assert torch.allclose(model.decode(z), whole, atol=1e-6)
+    assert {shape[2:] for shape in seen} == {(3, 3)}

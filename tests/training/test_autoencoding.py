@@ -285,6 +285,21 @@ def test_a_model_learned_in_latents_samples_data(run: Path, tmp_path: Path) -> N
         run_training(latents, recipe(), tmp_path / "ae2", device="cpu")
 
 
+@pytest.mark.parametrize("shape", [(2, 64), (1, 8, 8, 8)])
+def test_sounds_and_volumes_have_codecs_too(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(0).standard_normal((120, *shape)).cumsum(-1).astype(np.float32)
+    waves = from_array(values)
+    chosen = make_recipe("autoencoder", waves.spec, 120, "tiny")
+    chosen = override(chosen, ["training.images=32", "training.batch_size=8"], REGISTRIES)
+    run_training(waves, chosen, tmp_path / "ae", device="cpu")
+    latents = Latents(waves, Codec.load(tmp_path / "ae"), cache=tmp_path)
+    factor = 4 if len(shape) == 2 else 2
+    assert latents.spec.shape == (4, *(n // factor for n in shape[1:]))
+    made = Trainer(latents, make_recipe("tiny", latents.spec, 120))
+    made.update()
+    assert made.pipeline().sample(2).shape == (2, *shape)
+
+
 def test_the_doctor_finds_a_codec_s_run_well(tmp_path: Path) -> None:
     import undiffuse
 

@@ -205,8 +205,10 @@ def autoencoder_for(
     from . import FOLDED_PER_WIDTH, SIZES, repeated
 
     channels, *spatial = shape
-    if not spatial or factor < 1 or factor & (factor - 1):
-        raise UndiffuseError(f"an autoencoder takes data with spatial axes and a power of two as factor, got {factor}")
+    if not spatial:
+        raise UndiffuseError("points have no spatial axes, along which an autoencoder would make them coarser")
+    if factor < 1 or factor & (factor - 1):
+        raise UndiffuseError(f"the factor of an autoencoder is a power of two, got {factor}")
     dial = choose("model size", size, SIZES)
     rank, positions = len(spatial), math.prod(spatial)
     folded = 1

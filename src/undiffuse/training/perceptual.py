@@ -45,8 +45,8 @@ def distance_of(features: str, data: Dataset) -> tuple[Distance, str]:
     path = Path(features)
     if path.suffix != ".safetensors":
         raise UndiffuseError(f"codec.features={features}: classifier, or the .safetensors file of LPIPS's weights")
-    if not data.spec.has_pictures or data.spec.channels not in (1, 3):
-        raise UndiffuseError("LPIPS is of grey and colour pictures; set codec.perceptual=0")
+    if not (data.spec.has_pictures and data.spec.bounded) or data.spec.channels not in (1, 3):
+        raise UndiffuseError("LPIPS is of grey and colour pictures with a declared range; set codec.perceptual=0")
     return LPIPS(read_weights(path), str(path)), f"LPIPS ({path.name})"
 
 
