@@ -258,6 +258,11 @@ class Written(Condition, ABC):
             row[: len(tokens)] = torch.tensor(tokens[: self.length])
         return rows
 
+    def check_length(self, text: str) -> None:
+        """Raise for a text that would be cut, where nobody would see the warning."""
+        if (count := len(self.tokens(text))) > self.length:
+            raise UndiffuseError(f"the text has {count} tokens, this model reads {self.length}: make it shorter")
+
     def check(self, values: Tensor) -> Tensor:
         if values.dtype != torch.int64 or values.ndim != 2 or values.shape[1] != self.length:
             raise UndiffuseError(

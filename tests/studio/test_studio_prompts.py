@@ -92,6 +92,20 @@ def test_a_prompt_is_asked_for_and_led_away_from(look: Looking, models: dict[str
     assert close(ends(look), away)  # the address says it all
 
 
+def test_what_cannot_be_asked_for_is_said(server: Running) -> None:
+    many = {"model": "many", "steps": 2}
+    for form, words in (
+        ({"model": "words", "cond": {"text": ["a red circle " * 100]}}, "this model reads"),
+        ({"model": "words", "against": {"text": ["a " * 200]}, "scale": 2}, "this model reads"),
+        ({**many, "cond": {"place": [[1e308, 1]]}}, "infinite"),
+        ({**many, "cond": {"place": [[10**400, 1]]}}, "takes numbers"),
+        ({**many, "cond": {"kind": ["x"]}}, "takes numbers"),
+        ({**many, "cond": {"text": [3]}}, "is a text"),
+    ):
+        status, _, raw = server.ask("/studio/trace", form)
+        assert (status, words in raw.decode()) == (400, True), raw
+
+
 def test_a_branch_goes_on_with_another_prompt_from_either_side(look: Looking, models: dict[str, Pipeline]) -> None:
     look.open("time?n=2&steps=4&prompt=a+red+circle&t=0.5&scale=2")
     look.wait("now.trace && now.t === 0.5")

@@ -255,8 +255,15 @@ def against_of(form: How, pipeline: Pipeline, sampling: Sampling) -> int | None:
 
 def texts_of(form: How, prompt: str, pipeline: Pipeline) -> dict[str, Any]:
     """What a model with text is asked for, and what guidance leads it away from."""
-    if not pipeline.takes_prompts:
+    conditions = pipeline.denoiser.conditions
+    if conditions is None or not conditions.written:
         return {}
+    for field, text in (("prompt", prompt), ("negative_prompt", form.negative_prompt or "")):
+        for part in conditions.written.values():
+            try:
+                part.check_length(text)
+            except UndiffuseError as error:
+                raise Refused(400, str(error), field, "too_large") from None
     return {"prompts": [prompt], "negative_prompt": form.negative_prompt}
 
 

@@ -353,6 +353,10 @@ class Studio:
         size = form.n * (sampling.steps + 1) * int(np.prod(pipeline.spec.shape)) * 3
         if size > NUMBERS:
             raise UndiffuseError(f"{size:,} numbers are too many for the page: take fewer samples or steps")
+        conditions = pipeline.denoiser.conditions
+        for text_name, part in conditions.written.items() if conditions is not None else ():
+            for text in (*form.cond.get(text_name, ()), *form.against.get(text_name, ())):
+                part.check_length(text if isinstance(text, str) else "")
         ask = labs.Ask(sampling, numbers, form.seed, form.cond, form.against)
         pipeline.conditions(numbers, None, cond=ask.cond)
         pipeline.against(1, cond=ask.against)

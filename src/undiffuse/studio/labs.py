@@ -205,7 +205,7 @@ def recognised(
     error of its x0 estimate at three levels with the same noise; the least wins (Li et al. 2023, arXiv:2303.16203). The
     rivals of a class are the other classes; of anything else, nothing in particular. None where nothing was asked."""
     null = pipeline.denoiser.null(len(x))
-    if "classes" in cond:
+    if "classes" in cond and bool((cond["classes"] != null["classes"]).any()):
         rivals = [{**cond, "classes": torch.full_like(cond["classes"], k)} for k in range(int(null["classes"][0]))]
         asked, wanted = cond["classes"] != null["classes"], cond["classes"]
     else:
