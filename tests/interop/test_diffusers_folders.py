@@ -91,6 +91,19 @@ def test_save_load_save_is_the_same_to_the_byte(tmp_path: Path, kind: str) -> No
     diffusers.DiffusionPipeline.from_pretrained(tmp_path / "a")
 
 
+def test_a_model_does_not_change_with_its_file(folder: Path) -> None:
+    """Weights that are read lazily are the file: who writes over it would change the model in memory."""
+    ours = Pipeline.load(folder)
+    before = ours.fingerprint
+    for part in ("unet", "vae", "text_encoder"):
+        for path in (folder / part).glob("*.safetensors"):
+            path.write_bytes(b"\xff" * path.stat().st_size)
+    assert ours.fingerprint == before
+    ours.save(folder)  # over itself
+    assert Pipeline.load(folder).fingerprint == before
+    assert [name for name in files(folder) if "tmp" in name] == []
+
+
 def test_settings_stay_beside_the_folder(folder: Path) -> None:
     ours = Pipeline.load(folder).resized(48, 32)
     ours.sampling = ours.settings(steps=3, guidance_scale=2.0)
@@ -106,6 +119,58 @@ def test_settings_stay_beside_the_folder(folder: Path) -> None:
 def test_what_changes_nothing_is_left_out_and_said(folder: Path) -> None:
     edit(folder / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
     assert Pipeline.load(folder).info["left out"] == ["safety_checker"]
+
+
+# --- As the first ones were written -----------------------------------------------------------------------------------
+
+
+def test_the_first_folders_had_no_parts(tmp_path: Path) -> None:
+    tiny.ddpm().save_pretrained(tmp_path / "parts")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for name, content in files(tmp_path / "parts").items():
+        (flat / Path(name).name).write_bytes(content)
+    ours = Pipeline.load(flat)
+    assert ours.fingerprint == Pipeline.load(tmp_path / "parts").fingerprint
+    ours.save(tmp_path / "again")
+    assert Pipeline.load(tmp_path / "again").fingerprint == ours.fingerprint
+
+
+@pytest.mark.parametrize("make", [tiny.pixart, lambda: tiny.dit(5)], ids=["pixart", "dit"])
+def test_the_first_transformers_had_one_name(tmp_path: Path, make: Callable[[], Any]) -> None:
+    make().save_pretrained(tmp_path)
+    new = Pipeline.load(tmp_path).fingerprint
+    edit(tmp_path / "model_index.json", transformer=["diffusers", "Transformer2DModel"])
+    config = json.loads((tmp_path / "transformer/config.json").read_text())
+    norm = "ada_norm_single" if "caption_channels" in config else "ada_norm_zero"
+    edit(tmp_path / "transformer/config.json", _class_name="Transformer2DModel", norm_type=norm)
+    assert Pipeline.load(tmp_path).fingerprint == new
+
+
+def test_the_first_tokenizers_and_autoencoders(folder: Path) -> None:
+    """Vocabulary and merges in files of their own, attention under its old names, positions among the weights."""
+    whole = Pipeline.load(folder)
+    part = folder / "tokenizer"
+    model = json.loads((part / "tokenizer.json").read_text())["model"]
+    (part / "tokenizer.json").unlink()
+    (part / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (part / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(merge) for merge in model["merges"]) + "\n")
+    path = folder / "vae/diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, tensor in read_weights(path).items():
+        for new, first in old.items():
+            name = name.replace(new, first)
+        tensors[name] = tensor
+    assert any("proj_attn" in name for name in tensors)
+    path.write_bytes(b"".join(pieces(tensors, {"format": "pt"})))
+    path = folder / "text_encoder/model.safetensors"
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in read_weights(path).items()}
+    tensors["text_model.embeddings.position_ids"] = torch.arange(16)[None]
+    path.write_bytes(b"".join(pieces(tensors, {"format": "pt"})))
+    ours = Pipeline.load(folder)
+    asked: dict[str, Any] = {"prompts": ["a red circle on the sea"], "steps": 2, "seed": 3}
+    assert (ours.sample(1, **asked) == whole.sample(1, **asked)).all()
 
 
 # --- Nothing of it runs -----------------------------------------------------------------------------------------------
@@ -293,7 +358,7 @@ def sharded(folder: Path, **changes: Any) -> Path:
         file = f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"
         (part / file).write_bytes(b"".join(pieces({name: tensors[name] for name in share}, {"format": "pt"})))
         table |= dict.fromkeys(share, file)
-    index = {"metadata": {"total_size": 1}, "weight_map": table | changes}
+    index = {"metadata": {"total_size": 10**10}, "weight_map": table | changes}
     (part / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     return part
 

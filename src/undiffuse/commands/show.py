@@ -171,7 +171,7 @@ def _theirs(folder: Path) -> Model:
     from ..pipeline import REGISTRIES, Sampling
 
     theirs = Folder(folder)
-    parts = [part for part in theirs.parts if (folder / part / "config.json").is_file()]
+    parts = [part for part in theirs.parts if part != "scheduler" and theirs.inside(part, "config.json").is_file()]
     headers = {part: theirs.headers(part) for part in parts}
     meaning = read_scheduler(*theirs.scheduler())
     sampling = to_json(Sampling(meaning.solver, meaning.grid), REGISTRIES)

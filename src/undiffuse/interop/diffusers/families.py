@@ -34,6 +34,8 @@ from .texts import (
 
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
+OLD_NAMES = ("Transformer2DModel",)
+"""What DiT and PixArt were called first."""
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "watermark")
 """Parts that change nothing of what the model draws; they are not read."""
 
@@ -79,8 +81,10 @@ class Parts:
 
     def network(self, name: str, known: Sequence[str], layout: Callable[[Mapping[str, Any]], Layout]) -> Adapter:
         """The network, behind the call of ours."""
-        inner = self.diffusers(name, known)
-        kind = self.folder.parts[name][1]
+        inner = self.diffusers(name, [*known, *OLD_NAMES])
+        kind = type(inner).__name__
+        if kind not in known:  # an old name becomes what its config describes
+            raise UndiffuseError(f"{self.folder.path / name}: is a {kind}, {' or '.join(known)} is expected")
         return NETWORKS[kind](inner, layout(inner.config))  # type: ignore[arg-type]
 
     def codec(self, name: str = "vae") -> Autoencoder:
@@ -367,8 +371,7 @@ def dit(parts: Parts) -> Made:
     def layout(options: Mapping[str, Any]) -> Layout:
         return Layout({"classes": 1})
 
-    known = ["DiTTransformer2DModel", "Transformer2DModel"]
-    network, codec = parts.network("transformer", known, layout), parts.codec()
+    network, codec = parts.network("transformer", ["DiTTransformer2DModel"], layout), parts.codec()
     count = int(network.options["num_embeds_ada_norm"])
     classes = ClassNumbers(count, network.layout, has_null=True)
     return Made(

@@ -22,6 +22,8 @@ from ...weights import Header, read_header
 
 LARGEST_NUMBER = 1 << 24
 """In a config of a network; above it nothing real has a size."""
+COUNTS = re.compile(r"length|^total_")
+"""Keys of numbers that size nothing: a tokenizer's longest text, an index's bytes."""
 MOST_LAYERS = 1024
 MOST_PLACES = 50_000_000
 """Numbers in tables of positions that a network computes for itself."""
@@ -56,7 +58,7 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
             raise UndiffuseError(
                 f"{where}: {key} names code or another format of weights, which is not read; remove it"
             )
-        if isinstance(value, int) and abs(value) > LARGEST_NUMBER and "length" not in key:
+        if isinstance(value, int) and abs(value) > LARGEST_NUMBER and not COUNTS.search(key):
             raise UndiffuseError(f"{where}: {key} = {value} is more than any network has; is the file damaged?")
         if isinstance(value, int) and value > MOST_LAYERS and LAYERS.search(key):
             raise UndiffuseError(f"{where}: {key} = {value} layers are more than any network has")
@@ -84,6 +86,7 @@ class Folder:
     def __init__(self, path: Path, root: Path | None = None, variant: str | None = None) -> None:
         self.path, self.root = path, (root or path).resolve()
         self.variant = None if variant is None else safe_name(variant, "variant")
+        self.flat: set[str] = set()
         where = self.path / "model_index.json"
         self.index = check_config(load_json(self.inside("model_index.json")), str(where))
         self.family = str(self.index.get("_class_name", ""))
@@ -102,12 +105,14 @@ class Folder:
                 self.parts[safe_name(name, str(where))] = (value[0], value[1])
             else:
                 self.options[name] = value
+        if (self.path / "config.json").is_file():  # the first ones had network and scheduler beside the index
+            self.flat = {part for part in self.parts if not (self.path / part).exists()}
 
     def inside(self, *names: str) -> Path:
         """A file or folder of it, which is where its name says, and which is no device."""
         for name in names:
             safe_name(name, str(self.path))
-        path = self.path.joinpath(*names)
+        path = self.path.joinpath(*(names[1:] if names[:1] and names[0] in self.flat else names))
         if not path.resolve().is_relative_to(self.root):
             raise UndiffuseError(f"{path}: is a link that leaves the folder; copy what it points to")
         if path.exists() and not (path.is_file() or path.is_dir()):
@@ -229,6 +234,8 @@ def load_part(
     for key, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UndiffuseError(f"{where}: {key} holds NaN or infinite numbers as {tensor.dtype}")
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()  # what was read may be the file itself, which others may change
     return module.eval().requires_grad_(False)
 
 

@@ -22,7 +22,7 @@ from ...errors import UndiffuseError, UndiffuseWarning, choose, unknown
 from ...pipeline import FORMAT, REGISTRIES, ModelConfig, Pipeline, Sampling, Tunings
 from ...weights import read_header
 from .codecs import CODECS
-from .families import ENCODERS, FAMILIES, LEFT_OUT, TOKENIZERS, Made, Parts, Size
+from .families import ENCODERS, FAMILIES, LEFT_OUT, OLD_NAMES, TOKENIZERS, Made, Parts, Size
 from .folder import PICKLES, Folder, describe_parts
 from .networks import NETWORKS, Seats
 from .schedulers import DEFAULTS, Meaning, read_scheduler
@@ -79,7 +79,7 @@ def single_file(
         )
     folder = Folder(Path(config))
     choose(f"kind of pipeline in {folder.path / 'model_index.json'}", folder.family, FAMILIES)
-    known = {*NETWORKS, *CODECS, *ENCODERS, *TOKENIZERS, *DEFAULTS}
+    known = {*NETWORKS, *OLD_NAMES, *CODECS, *ENCODERS, *TOKENIZERS, *DEFAULTS}
     for part, (library, kind) in folder.parts.items():
         if part not in LEFT_OUT and (kind not in known or library not in ("diffusers", "transformers")):
             raise unknown(f"class of {part} in {folder.path / 'model_index.json'}", kind, known)
@@ -322,9 +322,14 @@ class DiffusersHome:
         return other
 
     def save(self, pipeline: Pipeline, folder: Path) -> None:
-        """Write diffusers' layout: the libraries write the weights, the small files are as they were."""
-        for part, module in self.modules.items():
-            module.save_pretrained(str(folder / part), safe_serialization=True)  # type: ignore[operator]
+        """Write diffusers' layout: the libraries write the weights, the small files are as they were. Each file is
+        replaced when it is whole."""
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            for part, module in self.modules.items():
+                module.save_pretrained(f"{place}/{part}", safe_serialization=True)  # type: ignore[operator]
+                (folder / part).mkdir(exist_ok=True)
+                for path in sorted(Path(place, part).iterdir()):
+                    path.replace(folder / part / path.name)
         for name, content in self.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_bytes_atomic(folder / name, content)

@@ -171,7 +171,7 @@ def waves(number: Tensor, width: int) -> Tensor:
 
 @final
 class ClassTransformer(Adapter):
-    """``DiTTransformer2DModel``, in old files ``Transformer2DModel``: a DiT with classes."""
+    """``DiTTransformer2DModel``: a DiT with classes."""
 
     fixed = True
     plain: ClassVar[Mapping[str, object]] = {"norm_type": "ada_norm_zero"}
@@ -267,7 +267,6 @@ NETWORKS: dict[str, type[Adapter]] = {
     "UNet2DModel": PixelUNet,
     "UNet2DConditionModel": TextUNet,
     "DiTTransformer2DModel": ClassTransformer,
-    "Transformer2DModel": ClassTransformer,
     "PixArtTransformer2DModel": PixArt,
     "SD3Transformer2DModel": MMDiT,
     "FluxTransformer2DModel": FluxTransformer,
