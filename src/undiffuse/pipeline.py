@@ -995,11 +995,16 @@ def is_foreign(path: str | Path) -> bool:
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder is one of a pipeline, ours or diffusers'."""
+    return (folder / "pipeline.json").is_file() or (folder / "model_index.json").is_file()
+
+
 def find_pipeline(path: str | Path) -> Path:
     """The pipeline folder that ``path`` means: itself, the ``model/`` of a run folder, or of a run in ./runs."""
     path = Path(path)
     for folder in (path, path / "model", Path("runs") / path / "model"):
-        if (folder / "pipeline.json").is_file():
+        if is_pipeline(folder):
             return folder
     if any((folder / FILE).is_file() for folder in (path, path / "model", Path("runs") / path / "model")):
         raise UndiffuseError(

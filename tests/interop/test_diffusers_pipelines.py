@@ -654,6 +654,12 @@ def test_long_prompts_are_cut_and_said(tmp_path: Path) -> None:
     theirs = tiny.sd()
     ours = both(theirs, tmp_path)
     words = "a red circle and a green square on the sea of a small house and the big dog"
+    with pytest.raises(ValueError, match="the text has 21 tokens, this model reads 14"):
+        ours.denoiser.conditions.part("prompt").check_length(words)
+    flux = both(tiny.flux(), tmp_path / "flux").denoiser.conditions.part("prompt")
+    flux.check_length(words)  # one of its encoders reads it all
+    with pytest.raises(ValueError, match="this model reads 511"):
+        flux.check_length("a " * 600)
     with pytest.warns(UserWarning, match=r"the text has 21 tokens, text_encoder reads 14: cut was"):
         ours.conditions([0], None, [words])
     latents = theirs(

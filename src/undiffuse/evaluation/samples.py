@@ -19,7 +19,7 @@ from ..data.base import ArrayDataset, digest
 from ..distributed import ALONE, Team
 from ..errors import UndiffuseError, choose
 from ..outputs import describe
-from ..pipeline import BATCH, REGISTRIES, Pipeline, Sampling, find_pipeline
+from ..pipeline import BATCH, REGISTRIES, Pipeline, Sampling, find_pipeline, is_pipeline
 from ..training.held_out import divide
 from ..training.recipe import Recipe
 from .extraction import PLANS, opened
@@ -83,7 +83,7 @@ class Judgeable:
 def is_model(path: str | os.PathLike[str]) -> bool:
     """Whether this names a model: a folder of one, a run folder, or a run in ./runs (but no data set)."""
     folders = [Path(path)] + ([] if str(path) in DATASETS or Path(path).exists() else [Path("runs") / path])
-    return any((folder / inner / "pipeline.json").is_file() for folder in folders for inner in ("", "model"))
+    return any(is_pipeline(folder / inner) for folder in folders for inner in ("", "model"))
 
 
 def open_model(path: str | os.PathLike[str], device: str) -> Judgeable:

@@ -185,6 +185,16 @@ class Texts(Written):
                 begin += reader.words
         return rows
 
+    def check_length(self, text: str) -> None:
+        """As :meth:`.Written.check_length`, for a text that none of the encoders reads to its end."""
+        text = text.lower().strip() if self.lower else text
+        counts = {name: len(self.reader(name).tokens(text)) for name in self.names}
+        if all(count > self.reader(name).words for name, count in counts.items()):
+            name = max(self.names, key=lambda each: self.reader(each).words)
+            raise UndiffuseError(
+                f"the text has {counts[name]} tokens, this model reads {self.reader(name).words}: make it shorter"
+            )
+
     def check(self, values: Tensor) -> Tensor:
         values = super().check(values)
         for name, part in zip(
