@@ -444,15 +444,6 @@ CODECS: dict[str, Callable[[Mapping[str, Any]], Codec]] = {
 """How each kind of codec is built from its configuration (a file names the kind, never code)."""
 
 
-@dataclass(frozen=True)
-class LatentUnits:
-    """What a likelihood must know of latents: they are continuous, with deviation 1 (trap D6)."""
-
-    shape: tuple[int, ...]
-    dtype: str = "float32"
-    scale: tuple[float, ...] = (1.0,)
-
-
 def check_same_data(codec: Codec, spec: DataSpec, where: str) -> None:
     """Raise unless data of ``spec`` are in the units that the codec was trained in, and of a shape that it takes."""
     codec.latent_shape(spec.shape)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .codecs import FILE, Codec, LatentUnits, Tiling, check_same_data, codec_meaning, decode_tiled
+from .codecs import FILE, Codec, Tiling, check_same_data, codec_meaning, decode_tiled
 from .conditions import Conditions, Rows
 from .config import from_json, load_json, parse_json, to_json, write_json_atomic
 from .data.columns import asked as in_raw
@@ -935,7 +935,7 @@ class Pipeline:
             known = "no" if classes is None else len(classes)
             raise UndiffuseError(f"likelihood of {len(x)} values, {known} classes, batches of {batch_size}")
         self.denoiser.eval()
-        units = self.spec if self.codec is None else LatentUnits(self.shape)
+        units = self.spec if self.codec is None else None  # latents are continuous, in units of their own (trap D6)
         parts = []
         for batch in torch.arange(len(x)).split(batch_size):
             numbers = batch.tolist()
