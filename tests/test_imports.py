@@ -34,6 +34,7 @@ CHAPTERS = {
 FREE = {
     "cache",
     "errors",
+    "beside",
     "config",
     "tokens",
     "attention",

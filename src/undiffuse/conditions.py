@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attention
+from .beside import Beside, beside_from, stated
 from .encoders import load
 from .errors import UndiffuseError, UndiffuseWarning, choose, unknown
 from .levels import to_device
@@ -56,12 +57,14 @@ class Condition(nn.Module, ABC):
         is always told in training, and null in sampling.
     ``told``   whether it is told rather than asked for: it says of the sample what holds on both sides of guidance (its
     size, what of it is known), and where nobody says anything it is :meth:`usual`, not null
+    ``made``   how its values are made of the items that are learned from; None: the data say them
     """
 
     asked = True
     told = False
     token_width = 0
     channels = 0
+    made: Beside | None = None
 
     @property
     @abstractmethod
@@ -442,18 +445,23 @@ class Picture(Condition):
     them with 0 for NaN, enlarged to the size of x where they are smaller, and one more channel: 1 where they are known.
     """
 
-    def __init__(self, shape: Sequence[int], size: Sequence[int], width: int = 0) -> None:
-        """``shape``: of the picture, ``[C, *spatial]``; ``size``: the spatial size of x."""
+    def __init__(
+        self, shape: Sequence[int], size: Sequence[int], width: int = 0, made: Mapping[str, Any] | None = None
+    ) -> None:
+        """``shape``: of the picture, ``[C, *spatial]``; ``size``: the spatial size of x; ``made``: of the items
+        themselves, a :class:`.Beside` as files say it."""
         super().__init__()
         if len(shape) < 2 or len(size) != len(shape) - 1 or min(*shape, *size) < 1:
             raise UndiffuseError(f"a picture of shape {list(shape)} does not fit data of spatial size {list(size)}")
         self.shape, self.size = tuple(shape), tuple(size)
+        self.made = None if made is None else beside_from(made)
         self.channels = shape[0] + 1
         self.register_buffer("anchor", torch.zeros(()), persistent=False)  # tells the device
 
     @property
     def config(self) -> dict[str, Any]:
-        return {"shape": list(self.shape), "size": list(self.size)}
+        made = {} if self.made is None else {"made": stated(self.made)}
+        return {"shape": list(self.shape), "size": list(self.size), **made}
 
     def check(self, values: Tensor) -> Tensor:
         return checked_picture(values, self.shape)
@@ -474,11 +482,19 @@ class Patches(Condition):
     """A picture ``[B, C, *spatial]`` that need not lie where x does (a style, a subject), as tokens: one for each patch
     of ``patch`` pixels a side, with its place. Null is NaN everywhere, of which there are no tokens."""
 
-    def __init__(self, shape: Sequence[int], width: int, patch: int = 4, token_width: int = 64) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        width: int,
+        patch: int = 4,
+        token_width: int = 64,
+        made: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         if len(shape) < 2 or patch < 1 or token_width < 1 or any(n < 1 or n % patch for n in shape[1:]):
             raise UndiffuseError(f"a picture of shape {list(shape)} cannot be cut into patches of {patch}")
         self.shape, self.patch, self.token_width = tuple(shape), patch, token_width
+        self.made = None if made is None else beside_from(made)
         count = 1
         for n in shape[1:]:
             count *= n // patch
@@ -487,7 +503,8 @@ class Patches(Condition):
 
     @property
     def config(self) -> dict[str, Any]:
-        return {"shape": list(self.shape), "patch": self.patch, "token_width": self.token_width}
+        made = {} if self.made is None else {"made": stated(self.made)}
+        return {"shape": list(self.shape), "patch": self.patch, "token_width": self.token_width, **made}
 
     def check(self, values: Tensor) -> Tensor:
         return checked_picture(values, self.shape)
@@ -600,6 +617,12 @@ class Conditions(nn.Module):
         if captions is not None:
             values |= {name: part.read(captions, captions=True) for name, part in self.written.items()}
         return values
+
+    def made(self, x: Tensor, stream: Callable[[int], torch.Generator]) -> dict[str, Tensor]:
+        """Raw values of the conditions that are made of the items ``x`` themselves (``[B, ...]``, model units), with
+        the random numbers ``stream(i)`` of item i."""
+        parts = {name: self.part(name).made for name in self.names}
+        return {name: made(x, map(stream, range(len(x)))) for name, made in parts.items() if made is not None}
 
     def read(self, name: str, rows: Tensor | Sequence[Any]) -> Tensor:
         """Raw values ``[R, ...]`` of one condition, checked, from what people write: R numbers or lists of numbers, of

@@ -205,7 +205,7 @@ def write_samples(
     """
     spec, suffix = pipeline.spec, target.suffix.lower()
     kinds = classes if classes is not None else prompts if prompts is not None else spec.classes
-    columns = columns_for(samples, len(kinds))
+    columns = columns_for(samples, max(map(len, cond.values())) if cond and classes is prompts is None else len(kinds))
     asked: dict[str, Any] = {"prompts": prompts, "negative_prompt": negative_prompt, "cond": cond, "against": against}
     if suffix in (".gif", ".webp") and spec.kind != "video":
         pictures = []

@@ -26,10 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .beside import BESIDE, Beside, Holes
 from .codecs import FILE, Codec, Tiling, check_same_data, codec_meaning, decode_tiled
-from .conditions import Conditions, Rows
+from .conditions import Conditions, Patches, Picture, Rows
 from .config import from_json, load_json, parse_json, to_json, write_json_atomic
 from .data.columns import asked as in_raw
+from .data.shown import picture_spec
 from .data.spec import DataSpec
 from .denoiser import INPUT_SCALES, LABELS, Denoise, Denoiser, InputScale, Label
 from .editing import below, keep_known
@@ -60,6 +62,7 @@ REGISTRIES: dict[type, Mapping[str, Any]] = {
     Grid: {**GRIDS, "times": TimesGrid(), "distilled": Distilled()},
     Times: TIMES,
     Weight: WEIGHTS,
+    Beside: BESIDE,
 }
 """How files and the command line name the parts: ``{"kind": "cosine", ...}`` for a Schedule, and so on."""
 
@@ -340,6 +343,19 @@ class Pipeline:
     def takes_prompts(self) -> bool:
         """Whether it takes prompts."""
         return self.denoiser.conditions is not None and bool(self.denoiser.conditions.written)
+
+    @property
+    def beside(self) -> DataSpec | None:
+        """Of the picture that it is shown beside the noise, if it is; :func:`.read_shown` reads such pictures."""
+        conditions = self.denoiser.conditions
+        part = conditions.part("beside") if conditions is not None and "beside" in conditions.names else None
+        return picture_spec(self.spec, part.shape) if isinstance(part, (Picture, Patches)) else None
+
+    @property
+    def fills_holes(self) -> bool:
+        """Whether what it is shown has holes, which it fills."""
+        conditions = self.denoiser.conditions
+        return self.beside is not None and isinstance(conditions.part("beside").made, Holes)
 
     @property
     def fingerprint(self) -> str:
@@ -918,6 +934,7 @@ class Pipeline:
         values: np.ndarray,
         classes: Sequence[int | None] | None = None,
         *,
+        cond: Rows | None = None,
         steps: int = 100,
         start: float | None = None,
         probes: int | None = None,
@@ -928,8 +945,12 @@ class Pipeline:
         model; see :func:`undiffuse.likelihood.log_likelihood` for the settings and what the result means. In latents it
         is a density of the latents, which are continuous whatever the data are (trap D6).
 
-        ``classes`` are those of the N values; None: of no class in particular.
+        ``classes`` are those of the N values, and ``cond`` is what else is known of them, N rows of any condition by
+        name; what is not given is nothing in particular.
         """
+        cond = in_raw(self.spec, cond or {})
+        if wrong := [name for name, rows in cond.items() if len(rows) != len(values)]:
+            raise UndiffuseError(f"likelihood of {len(values)} values, {len(cond[wrong[0]])} rows of {wrong[0]}")
         x = self.spec.to_model(values)
         if len(x) == 0 or batch_size < 1 or (classes is not None and len(classes) != len(x)):
             known = "no" if classes is None else len(classes)
@@ -939,11 +960,14 @@ class Pipeline:
         parts = []
         for batch in torch.arange(len(x)).split(batch_size):
             numbers = batch.tolist()
-            chosen = None if classes is None else [classes[i] for i in numbers]
-            cond = self.denoiser.null(len(numbers)) if chosen is None else self.conditions(range(len(numbers)), chosen)
+            told = self.denoiser.null(len(numbers))
+            if classes is not None or cond:
+                chosen = None if classes is None else [classes[i] for i in numbers]
+                rows = {name: given[numbers[0] : numbers[-1] + 1] for name, given in cond.items()}
+                told = self.conditions(range(len(numbers)), chosen, cond=rows)
             parts.append(
                 log_likelihood(
-                    self.denoiser.bind(**cond),
+                    self.denoiser.bind(**told),
                     self.config.schedule,
                     self.encode(x[batch]).to(self.device),
                     units=units,

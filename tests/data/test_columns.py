@@ -152,13 +152,13 @@ def test_peoples_words() -> None:
 
 def test_in_words_is_what_is_asked() -> None:
     """A raw row, in people's words, asked for: the raw row."""
-    for row in ([0, 2], [1, 1], [2, 2]):
-        words = in_words(SPEC, "attributes", np.array(row))
-        back = asked(SPEC, {"attributes": [words]})["attributes"][0]
-        assert [len(BREEDS) if k is None else k for k in back] == row
-    words = in_words(SPEC, "numbers", np.array([0.25, -1.0], np.float32))
-    assert words == [10.5, 45.0]
-    assert asked(SPEC, {"numbers": [words]})["numbers"] == [[0.25, -1.0]]
+    rows, numbers = [[0, 2], [1, 1], [2, 2]], [[0.25, -1.0], [0.0, 0.0], [np.nan, np.nan]]
+    words = in_words(SPEC, {"attributes": np.array(rows), "numbers": np.array(numbers, np.float32)})
+    assert words["breed"] == ["manx", "tabby", None]
+    assert words["weight"] == [45.0, 50.0, None]
+    back = asked(SPEC, words)
+    assert [[len(BREEDS) if k is None else k for k in row] for row in back["attributes"]] == rows
+    assert back["numbers"] == [[0.25, -1.0], [0.0, 0.0], [None, None]]
 
 
 def test_translated_between_specs() -> None:

@@ -17,6 +17,8 @@ from ..errors import UndiffuseError, UndiffuseWarning, unknown
 from .options import AnyPath
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..pipeline import Pipeline
 
 EXAMPLES = """
@@ -28,6 +30,7 @@ undiffuse sample runs/demo --out digits.webp       the way from noise to data
 undiffuse sample runs/demo --out folder/           one PNG a sample
 undiffuse sample --from samples.png                the same picture again
 undiffuse sample runs/shapes --prompt "a red circle above a blue square"
+undiffuse sample runs/enlarge --beside small.png      a model of model.beside
 undiffuse sample runs/demo --solver ddpm --steps 250 --set noise=brownian
 """
 
@@ -64,6 +67,8 @@ def sample(
     negative_prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None,
     cond: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=ROW")] = (),
     against: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=ROW")] = (),
+    beside: AnyPath | None = None,
+    mask: AnyPath | None = None,
     attention: AnyPath | None = None,
     seed: int | None = None,
     batch_size: int | None = None,
@@ -78,7 +83,7 @@ def sample(
 
     Args:
         model: A run folder or a model folder.
-        number: How many samples (default 64).
+        number: How many samples (default 64; with --beside as many as there are pictures).
         solver: How to walk from noise to data (default: the model's).
         steps: How many steps (default: the model's).
         grid: Which noise levels to visit (default: the model's).
@@ -91,6 +96,9 @@ def sample(
         cond: Any condition by name: `attributes=manx,none`, `breed=manx`, `age=3` in the data's own units, or
             `place=0.1,0.2` as the model takes it; may be repeated. Sample i gets row i modulo how many there are.
         against: What guidance leads away from, any condition by name: `classes=3`.
+        beside: Of a model that was shown pictures: a picture to enlarge, fill or translate, a folder of them, or a
+            .npy in the data's own units. Sample i gets picture i modulo how many there are.
+        mask: What of these pictures is to be filled in: a picture, transparent or white there.
         attention: Also write a .png of where each word of the first prompt has acted in sample 0.
         seed: Sample i is a function of the seed and i (default 0).
         batch_size: Samples computed together (default 64); changes a sample by rounding only.
@@ -125,6 +133,8 @@ def sample(
         "negative_prompt": negative_prompt,
         "cond": list(cond) or None,
         "against": list(against) or None,
+        "beside": None if beside is None else str(beside),
+        "mask": None if mask is None else str(mask),
         "seed": seed,
         "batch_size": batch_size,
         "rows": rows,
@@ -136,6 +146,8 @@ def sample(
         raise UndiffuseError("name a model: undiffuse sample runs/NAME")
     model = Path(model or (made["model"] if made else ""))
     options: dict[str, Any] = {**(made["options"] if made else {}), **{k: v for k, v in given.items() if v is not None}}
+    if beside is not None:
+        options.pop("shown", None)
     with joined(device) as (team, place):
         with team.agree():
             pipeline = Pipeline.load(model, place)
@@ -149,7 +161,10 @@ def sample(
             count, seed, batch = options.get("number", 64), options.get("seed", 0), options.get("batch_size", BATCH)
             chosen = parse_classes(options["classes"], pipeline.spec.classes) if "classes" in options else None
             asked, negative = options.get("prompt"), options.get("negative_prompt")
+            pictures = read_beside(pipeline, options)
             rows_of, away = (parse_rows(options.get(name, ()), pipeline, name) for name in ("cond", "against"))
+            if pictures is not None:
+                rows_of, count = {**rows_of, "beside": pictures}, options.get("number", len(pictures))
             if attention is not None and (not asked or Path(attention).suffix.lower() != ".png"):
                 raise UndiffuseError("--attention names a .png and needs a --prompt, to whose words it is")
             if "tile" in options:
@@ -209,6 +224,26 @@ def report(sampled: Sampled) -> str:
     )
 
 
+def read_beside(pipeline: Pipeline, options: dict[str, Any]) -> Tensor | None:
+    """The pictures that ``options`` name, in model units; what they hold is noted among the options."""
+    from ..data.base import digest
+    from ..data.shown import read_shown
+
+    if "beside" not in options:
+        if "mask" in options:
+            raise UndiffuseError(f"--mask {options['mask']}: says what is to be filled in; of what picture? (--beside)")
+        return None
+    if pipeline.beside is None:
+        raise UndiffuseError(f"--beside {options['beside']}: this model was not trained with pictures to complete")
+    shown = read_shown(options["beside"], pipeline.beside, options.get("mask"), pipeline.fills_holes)
+    before, options["shown"] = options.get("shown"), digest(shown.numpy().tobytes())[:16]
+    if before not in (None, options["shown"]):
+        warnings.warn(
+            f"{options['beside']} holds other pictures than it did: expect another result", UndiffuseWarning, stacklevel=2
+        )
+    return shown
+
+
 def read_prompts(path: AnyPath | None) -> list[str]:
     """The lines of a text file, without empty ones."""
     if path is None:
@@ -261,6 +296,8 @@ def parse_rows(texts: Sequence[str], pipeline: Pipeline, option: str) -> dict[st
         parts = [part for part, *_ in (*pipeline.spec.attributes, *pipeline.spec.numbers)]
         if conditions is None or name not in (*known, *parts):
             raise unknown(f"condition of --{option} (as in classes=3)", name, [*known, *parts])
+        if name == "beside":
+            raise UndiffuseError(f"--{option} {each}: pictures are given by --beside")
         if name in conditions.written:
             rows.setdefault(name, []).append(said)
             continue

@@ -244,6 +244,7 @@ def prepare(
     from ..pipeline import REGISTRIES, resolve_device
     from ..training import make_recipe
     from ..training.recipe import with_length
+    from ..training.tasks import NO_LATENTS
 
     if sum(limit is not None for limit in (steps, images, minutes)) > 1:
         raise UndiffuseError("--steps, --images and --minutes are three ways to say how long: give one")
@@ -266,6 +267,8 @@ def prepare(
     chosen = override(chosen, set, REGISTRIES)
     if inner is not None and chosen.codec is not None:
         raise UndiffuseError("a codec of latents: train it on the data, without --codec")
+    if inner is not None and chosen.model.beside is not None:
+        raise UndiffuseError(NO_LATENTS)
     if inner is not None:
         with bar(f"encoding {dataset.name}") as progress:
             dataset = Latents(dataset, inner, chosen.augment, progress=progress)

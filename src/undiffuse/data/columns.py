@@ -206,13 +206,17 @@ def _raw(spec: DataSpec, kind: str, row: Any) -> list[Any]:
     return result
 
 
-def in_words(spec: DataSpec, kind: str, row: np.ndarray) -> list[Any]:
-    """One raw row of ``attributes`` or ``numbers`` as people ask for it; None: nothing is said."""
-    if kind == "attributes":
-        pairs = zip(row, spec.attributes, strict=True)
-        return [None if k == len(values) else values[k] for k, (_, values) in pairs]
-    numbers = zip(row, spec.numbers, strict=True)
-    return [None if np.isnan(v) else float(f"{v * deviation + mean:.6g}") for v, (_, mean, deviation) in numbers]
+def in_words(spec: DataSpec, values: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
+    """Raw rows ``[R, K]`` as people ask for them (:func:`asked`), R of each attribute and number; None: nothing is
+    said."""
+    found: dict[str, list[Any]] = {}
+    if "attributes" in values:
+        for (name, known), column in zip(spec.attributes, values["attributes"].T, strict=True):
+            found[name] = [None if k == len(known) else known[k] for k in column]
+    if "numbers" in values:
+        for (name, mean, deviation), column in zip(spec.numbers, values["numbers"].T.astype(float), strict=True):
+            found[name] = [None if np.isnan(v) else float(f"{v * deviation + mean:.6g}") for v in column]
+    return found
 
 
 def translated(values: Mapping[str, np.ndarray], data: DataSpec, model: DataSpec) -> dict[str, np.ndarray]:

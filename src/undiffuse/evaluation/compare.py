@@ -44,7 +44,7 @@ from .features import Features
 from .intervals import GROUPS, grouped
 from .metrics import METRICS, Examples, Figure, Metric, measure
 from .paired import Difference, difference
-from .samples import class_plan
+from .samples import Asked, ask
 
 
 @dataclass(frozen=True)
@@ -403,9 +403,9 @@ class Instrument:
             needs = ", ".join(entry(figure)[0].needs)
             raise UndiffuseError(f"{figure} needs {needs}, which {self.features.name} of these data lack")
 
-    def asked(self, pipeline: Pipeline) -> list[int] | None:
-        """The class asked of each sample, as frequent as in the data (trap G6); None for a model without classes."""
-        return class_plan(pipeline, self.dataset, self.samples, "data")[0]
+    def asked(self, pipeline: Pipeline) -> Asked:
+        """What is asked of each sample: a class, as frequent as in the data (trap G6), or what is known of an item."""
+        return ask(pipeline, self.dataset, self.samples, "data")
 
     def draw(
         self, pipeline: Pipeline, sampling: Sampling, seed: int, folder: Path, say: Callable[[str], None]
@@ -419,7 +419,9 @@ class Instrument:
                 if start == 0:
                     say(f"sampling   {self.samples:,} samples in {sampling.steps} steps")
                 folder.mkdir(parents=True, exist_ok=True)
-                drawn = pipeline.draw(numbers, seed=seed, classes=self.asked(pipeline), sampling=sampling)
+                asked = self.asked(pipeline)
+                told: dict[str, Any] = {"classes": asked.classes, "cond": asked.cond}
+                drawn = pipeline.draw(numbers, seed=seed, sampling=sampling, **told)
                 buffer = BytesIO()
                 np.save(buffer, pipeline.spec.to_data(drawn), allow_pickle=False)
                 write_bytes_atomic(path, buffer.getvalue())

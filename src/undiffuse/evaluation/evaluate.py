@@ -31,6 +31,7 @@ from ..distributed import ALONE, Team
 from ..errors import UndiffuseError, choose
 from ..objectives import Stratified, UniformTimes
 from ..pipeline import BATCH, Pipeline, Sampling
+from ..training.draws import told
 from ..training.held_out import HeldOut
 from ..training.recipe import Model, Objective, Recipe, Training
 from .classes import ClassBalance, class_balance
@@ -40,7 +41,7 @@ from .memorisation import LEAST, REFERENCE, Memorisation, memorisation
 from .metrics import METRICS, Examples, Figure, fitting, measure
 from .report import Evidence, write_report
 from .result import FORMAT, Evaluation, earlier
-from .samples import Judgeable, Judged, draw, open_samples
+from .samples import Judgeable, Judged, draw, open_samples, translated
 
 SAMPLES = 2000
 """How many samples are drawn unless asked otherwise, at least."""
@@ -384,7 +385,7 @@ def _losses(
     recipe = model.recipe or plain
     recipe = replace(recipe, training=Training(batch_size=BATCH, evaluate_every=10_000))
     try:
-        items = _translated(pipeline, unseen if unseen is not None else data, 1024)
+        items = translated(pipeline, unseen if unseen is not None else data, 1024)
     except UndiffuseError as error:
         notes.append(f"the loss by noise level was not measured: {error}")
         return None
@@ -410,13 +411,14 @@ def _likelihood(
 ) -> dict[str, Any] | None:
     """Bits a dimension of ``count`` items (trap V12: the kind and the error of the probes are stated)."""
     try:
-        items = _translated(pipeline, unseen if unseen is not None else data, count)
+        items = translated(pipeline, unseen if unseen is not None else data, count)
     except UndiffuseError as error:
         notes.append(f"the likelihood was not measured: {error}")
         return None
-    conditional = pipeline.denoiser.conditions is not None and "classes" in pipeline.denoiser.conditions.names
-    classes = items.labels.tolist() if conditional and items.labels is not None else None
-    found = pipeline.log_likelihood(items.values(range(len(items))), classes)
+    conditions = pipeline.denoiser.conditions
+    _, rows = told(conditions, items, range(len(items)))
+    rows = {name: values for name, values in rows.items() if conditions is not None and name in conditions.asked}
+    found = pipeline.log_likelihood(items.values(range(len(items))), cond=rows)
     bits, n = found.bits_per_dim, len(found.log_prob)
     return {
         "bits_per_dim": float(bits.mean()),
@@ -426,27 +428,9 @@ def _likelihood(
         "start": found.start,
         "items": n,
         "unseen": unseen is not None,
-        "of_their_class": classes is not None,
+        "of_their_class": "classes" in rows,
+        "known": list(rows),
     }
-
-
-def _translated(pipeline: Pipeline, data: Dataset, most: int) -> ArrayDataset:
-    """At most ``most`` items in the model's own units and classes, in memory."""
-    rows = pick(data, min(most, len(data)))
-    values = data.values(rows)
-    pipeline.spec.to_model(values[:1])  # refuses another kind, shape or range
-    names = {name: k for k, name in enumerate(pipeline.spec.classes)}
-    labels = None
-    if data.labels is not None and set(data.spec.classes) <= set(names):
-        labels = np.array([names[name] for name in data.spec.classes])[data.labels[rows]]
-    return ArrayDataset(pipeline.spec, values, labels, name=data.name)
-
-
-def _latents(pipeline: Pipeline, items: ArrayDataset) -> ArrayDataset:
-    """What the denoiser sees of items, in memory."""
-    assert pipeline.codec is not None
-    z = pipeline.encode(items.batch(range(len(items)))[0]).cpu().numpy()
-    return ArrayDataset(latent_spec(items.spec, pipeline.codec), z, items.labels, name=items.name)
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

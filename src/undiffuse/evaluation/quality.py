@@ -15,11 +15,11 @@ import numpy as np
 from ..data import Dataset
 from ..data.base import ArrayDataset
 from ..pipeline import Pipeline
-from ..training.held_out import Probe
+from ..training.held_out import Probe, divide
 from ..training.recipe import Training
 from .extraction import extract, make_features, reference_features
 from .metrics import Examples, measure
-from .samples import class_plan
+from .samples import ask
 
 SEED = 0
 MOST_DATA = 50_000
@@ -33,6 +33,7 @@ def quality_probe(
     features = make_features(None, data, cache=cache, device=device)
     real = reference_features(features, data, min(len(data), MOST_DATA), cache=cache).features.numpy()
     n = min(training.quality_samples, len(real) // 2)
+    source = divide(data, training)[1]
     points = data.spec.kind == "points"
     name = "sliced_wasserstein" if points else "frechet" if n > 2 * features.dim else "kid"
 
@@ -40,8 +41,8 @@ def quality_probe(
         return Examples(vectors=rows) if points else Examples(features=rows)
 
     def quality(pipeline: Pipeline) -> Mapping[str, float]:
-        asked, _ = class_plan(pipeline, data, n, "data")
-        values = pipeline.spec.to_data(pipeline.draw(n, seed=SEED, classes=asked))
+        asked = ask(pipeline, data, n, "data", source)
+        values = pipeline.spec.to_data(pipeline.draw(n, seed=SEED, classes=asked.classes, cond=asked.cond))
         samples = ArrayDataset(pipeline.spec, values, None, name="samples", content="samples")
         return {
             name: measure(examples(extract(features, samples).features.numpy()), examples(real), [name])[name].value

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 from tqdm import tqdm
 
 from ..config import from_json, load_json, to_json, write_bytes_atomic
-from ..data import DATASETS, Dataset
+from ..data import DATASETS, Dataset, columns
 from ..data.base import ArrayDataset, digest
 from ..distributed import ALONE, Team
 from ..errors import UndiffuseError, choose
 from ..outputs import describe
 from ..pipeline import BATCH, REGISTRIES, Pipeline, Sampling, find_pipeline, is_pipeline
+from ..training.draws import told
 from ..training.held_out import divide
 from ..training.recipe import Recipe
-from .extraction import PLANS, opened
+from .extraction import PLANS, opened, pick
 from .features import Features
 
 
@@ -125,6 +126,68 @@ def class_plan(model: Pipeline, data: Dataset, n: int, plan: str) -> tuple[list[
     return asked.tolist(), {"data": "as frequent as in the data", "uniform": "equally many of each"}[plan]
 
 
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is asked of the samples.
+
+    ``plan``, ``said``   for the report, None where there is no choice
+    ``classes``, ``cond``   as :meth:`.Pipeline.draw` takes them
+    ``labels``   the classes of the data that the samples should be of, int64 ``[N]``, where that is known
+    """
+
+    plan: str | None
+    said: str
+    classes: list[int] | None = None
+    cond: dict[str, torch.Tensor] | None = None
+    labels: np.ndarray | None = None
+
+    @property
+    def content(self) -> str:
+        """A hash of the conditions beyond classes; empty if there are none."""
+        return digest(*(f"{k} {v.numpy().tobytes().hex()}" for k, v in self.cond.items())) if self.cond else ""
+
+
+def ask(model: Pipeline, data: Dataset, n: int, plan: str, source: Dataset | None = None) -> Asked:
+    """What ``n`` samples are asked for that are to be judged against ``data``: of a model of classes, these by the
+    class plan; of one that takes more, what is known of real items, those of ``source`` (by default the data), each
+    once before any twice."""
+    conditions, names = model.denoiser.conditions, {name: k for k, name in enumerate(data.spec.classes)}
+    known = np.array([names.get(name, -1) for name in model.spec.classes], np.int64)
+    if conditions is None or not set(conditions.asked) - {"classes"}:
+        classes, said = class_plan(model, data, n, plan)
+        labels = known[classes] if classes is not None and (known >= 0).all() else None
+        return Asked(plan if classes is not None else None, said, classes, None, labels)
+    if choose("class plan", plan, PLANS) is not PLANS["data"]:
+        raise UndiffuseError(f"--plan {plan} is for models of classes alone; this one takes {', '.join(conditions.asked)}")
+    source = data if source is None else source
+    items = translated(model, source, n)
+    _, rows = told(conditions, items, range(len(items)))
+    rows = {name: values for name, values in rows.items() if name in conditions.asked}
+    missing = [name for name in conditions.asked if name not in rows]
+    of = f"what is known of {len(items):,} {'items of the data' if source is data else 'held-out items'}"
+    said = f"{of}: {', '.join(rows)}" if rows else "nothing in particular"
+    said += f" (these data have no {', '.join(missing)})" if missing else ""
+    labels = None
+    if "classes" in rows and (known >= 0).all():
+        labels = known[rows["classes"].numpy()[np.arange(n) % len(items)]]
+    return Asked("items", said, None, rows, labels)
+
+
+def translated(pipeline: Pipeline, data: Dataset, most: int) -> ArrayDataset:
+    """At most ``most`` items, in memory, in the model's own units, and what is known of them in its own terms."""
+    rows = pick(data, min(most, len(data)))
+    values = data.values(rows)
+    pipeline.spec.to_model(values[:1])  # refuses another kind, shape or range
+    names = {name: k for k, name in enumerate(pipeline.spec.classes)}
+    labels = None
+    if data.labels is not None and set(data.spec.classes) <= set(names):
+        labels = np.array([names[name] for name in data.spec.classes])[data.labels[rows]]
+    known = columns.translated(data.told(rows), data.spec, pipeline.spec)
+    found = ArrayDataset(pipeline.spec, values, labels, name=data.name, columns=known)
+    found.texts = data.captions(rows)
+    return found
+
+
 def draw(
     model: Judgeable,
     data: Dataset,
@@ -145,19 +208,20 @@ def draw(
     pipeline, settings = model.pipeline, sampling or model.pipeline.settings()
     if batch_size < 1:
         raise UndiffuseError(f"--batch-size {batch_size}: at least 1")
-    classes, said = class_plan(pipeline, data, n, plan)
+    parts = model.parts(data)
+    asked = ask(pipeline, data, n, plan, None if parts is None else parts[1])
+    more = [asked.content] * (asked.cond is not None)
     stated = to_json(settings, REGISTRIES)
-    key = digest("samples 1", pipeline.fingerprint, repr(stated), repr((seed, n, classes)), str(pipeline.device.type))
-    pipeline.begin(1, seed=seed, classes=classes, sampling=settings)  # refuses what cannot be sampled, before any file
+    made = digest(pipeline.fingerprint, repr(stated), repr((seed, asked.classes)), *more)[:16]
+    what = repr((seed, n, asked.classes))
+    key = digest("samples 1", pipeline.fingerprint, repr(stated), what, str(pipeline.device.type), *more)
+    # Refuses what cannot be sampled, before any file.
+    pipeline.begin(1, seed=seed, classes=asked.classes, cond=asked.cond, sampling=settings)
     path = keep / f"samples-{key[:16]}.npy"
     if not team.tell(path.is_file()):
-        _draw(pipeline, n, seed, classes, settings, batch_size, path, team)
+        _draw(pipeline, n, seed, asked, settings, batch_size, path, team)
     if not team.first:
         return None
-    names = {name: k for k, name in enumerate(data.spec.classes)}
-    labels = None
-    if classes is not None and set(pipeline.spec.classes) <= set(names):
-        labels = np.array([names[pipeline.spec.classes[c]] for c in classes], np.int64)
     facts = {
         "kind": "model",
         "path": str(model.folder),
@@ -167,20 +231,20 @@ def draw(
         "calls": pipeline.calls(settings),
         "sampling": stated,
         "seed": seed,
-        "plan": plan if classes is not None else None,
-        "plan_in_words": said,
+        "plan": asked.plan,
+        "plan_in_words": asked.said,
         "kept": str(path),
     }
     values = np.load(path, mmap_mode="r", allow_pickle=False)
     known = ArrayDataset(pipeline.spec, values, None, name=str(model.folder), content=key)
-    return Judged(known, labels, facts, digest(pipeline.fingerprint, repr(stated), repr((seed, classes)))[:16])
+    return Judged(known, asked.labels, facts, made)
 
 
 def _draw(
     pipeline: Pipeline,
     n: int,
     seed: int,
-    classes: Sequence[int] | None,
+    asked: Asked,
     sampling: Sampling,
     batch_size: int,
     path: Path,
@@ -200,7 +264,13 @@ def _draw(
                 bar.update(start + count * done // total - bar.n)
 
             x = pipeline.draw(
-                numbers, seed=seed, classes=classes, sampling=sampling, batch_size=batch_size, progress=tick
+                numbers,
+                seed=seed,
+                classes=asked.classes,
+                cond=asked.cond,
+                sampling=sampling,
+                batch_size=batch_size,
+                progress=tick,
             )
             values[start : start + len(numbers)] = pipeline.spec.to_data(x)
     values = team.gather(values)

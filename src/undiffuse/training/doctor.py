@@ -33,7 +33,7 @@ from ..objectives import EDMWeight, loss, overlap
 from ..pipeline import BATCH, resolve_device
 from ..predictions import EDMOutput
 from . import memory
-from .draws import generator, lent
+from .draws import generator, lent, told
 from .muon import make_optimiser
 from .recipe import Plan, Recipe
 from .trainer import Diverged, Trainer, ignored_inputs
@@ -605,13 +605,11 @@ def check_overfit(patient: Patient, updates: int = 150, seconds: float = 12.0) -
         learned_variance=denoiser.learned_variance,
     )
     items = np.unique(np.linspace(0, len(patient.dataset) - 1, count).astype(np.int64))
-    x0, told = patient.dataset.batch(items)
+    x0, given = told(denoiser.conditions, patient.dataset, items)
     eps = torch.randn(x0.shape, generator=generator(patient.seed, "doctor", 0))
     t = objective.times((torch.arange(len(x0), dtype=torch.float64) + 0.5) / len(x0), denoiser.schedule)
     cond = denoiser.null(len(x0))  # what the data do not say, such as how they were augmented
-    if denoiser.conditions is not None:
-        given = denoiser.conditions.values(told, patient.dataset.captions(items))
-        cond |= {name: values.to(patient.device) for name, values in given.items()}
+    cond |= {name: values.to(patient.device) for name, values in given.items()}
     bar = float(loss(trivial, x0, t, eps, objective.weight, huber=objective.huber).mean())
     x0, eps = x0.to(patient.device), eps.to(patient.device)
     optimiser = make_optimiser(denoiser, replace(choice, weight_decay=0.0))

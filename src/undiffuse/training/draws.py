@@ -3,6 +3,7 @@
 
     order of the data     f(seed, epoch)
     times, noise, dropped conditions     f(seed, step), for the whole batch at once
+    pictures made of an item     f(seed, step, position)
 
 Drawing for the whole batch makes every number a function of its position in it: neither accumulation nor the number of
 devices moves it.
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..conditions import Conditions
+from ..data import Dataset
 from ..noise import stream
 
 
@@ -99,3 +102,16 @@ def draw(
         offset=torch.randn(batch_size, shape[0], generator=shifts, device=device) if offset else None,
         drop=torch.rand(batch_size, generator=generator(seed, "drop", step)),
     )
+
+
+def told(
+    conditions: Conditions | None, dataset: Dataset, items: Sequence[int] | np.ndarray, first: int = 0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Real items that are not learned from, ``[B, *shape]`` in model units, and all that a model is told of them, a row
+    each: classes, captions, attributes, numbers, and the picture made of it, which for place ``first + i`` is always
+    drawn alike. What the data do not say is left out."""
+    x0, said = dataset.batch(items)
+    if conditions is None:
+        return x0, {}
+    made = conditions.made(x0, lambda i: generator(0, "picture", first + i))
+    return x0, {**conditions.values(said, dataset.captions(items)), **made}

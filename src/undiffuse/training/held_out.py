@@ -30,6 +30,7 @@ from ..objectives import Stratified, loss, offset_noise
 from ..pipeline import Pipeline
 from ..schedules import Schedule
 from .draws import epoch_order, generator
+from .draws import told as told_of
 from .recipe import Recipe, Training
 from .trainer import Trainer
 
@@ -194,7 +195,7 @@ class HeldOut:
 
     def _part(self, denoiser: Denoiser, part: slice) -> Tensor:
         objective = self.recipe.objective
-        x0, cond = self.dataset.batch(self.items[part])
+        x0, told = told_of(denoiser.conditions, self.dataset, self.items[part], part.start)
         streams = [generator(SEED, "held-out noise", k) for k in range(part.start, part.stop)]
         eps = torch.stack([torch.randn(x0.shape[1:], generator=each) for each in streams])
         if objective.offset_noise:
@@ -202,7 +203,6 @@ class HeldOut:
             eps = offset_noise(eps, shift, objective.offset_noise)
         given = denoiser.null(len(x0))
         if denoiser.conditions is not None:
-            told = denoiser.conditions.values(cond, self.dataset.captions(self.items[part]))
             given |= {name: values.to(self.device) for name, values in told.items()}
             given = denoiser.conditions.drop(given, self.dropped[part], objective.condition_dropout)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.training.precision == "bf16"):

@@ -15,7 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..beside import Beside, stated
 from ..codecs import build_codec, codec_cost
+from ..conditions import Conditions
 from ..config import from_json
 from ..data.augment import LABELS, Augment, advice
 from ..data.spec import DataSpec
@@ -53,7 +55,12 @@ class Model:
         text_encoder: a frozen CLIP or T5 of ``transformers`` that reads the captions, a folder or a name on the Hub;
             None: a small transformer of our own, trained with the network.
         text_length: most tokens of a caption.
-        text_layers, token_width: of the transformer that reads it.
+        text_layers: of the transformer that reads it.
+        token_width: of all tokens.
+        beside: a picture made of each item itself, which the model is shown and completes: ``smaller``
+            (super-resolution), ``holes`` (inpainting), ``grey`` (colourisation).
+        beside_as: how: as ``channels`` that lie where x does, or as ``tokens``, one for each patch.
+        beside_patch: positions along each axis that are one token.
     """
 
     size: str = "small"
@@ -69,6 +76,9 @@ class Model:
     text_length: int = 64
     text_layers: int = 2
     token_width: int = 64
+    beside: Beside | None = None
+    beside_as: Literal["channels", "tokens"] = "channels"
+    beside_patch: int = 4
     learned_variance: bool = False
 
     def config(self, spec: DataSpec, told: int = 0) -> ModelConfig:
@@ -91,13 +101,19 @@ class Model:
             conditions["attributes"] = {"kind": "attributes", "sizes": sizes}
         if self.conditional and spec.numbers:
             conditions["numbers"] = {"kind": "vector", "size": len(spec.numbers)}
+        if self.conditional and self.beside is not None:
+            check(spec.kind == "points", "model.beside is for data with places; these are points")
+            conditions["beside"] = self._beside(spec, self.beside)
         if told:
             conditions["augmentation"] = {"kind": "augmentation", "size": told}
-        width = self.condition_width if conditions else 0
+        kinds = [each["kind"] for each in conditions.values()]
+        width = self.condition_width if any(kind not in ("picture", "patches") for kind in kinds) else 0
         out = spec.channels * (2 if self.learned_variance else 1)
-        tokens = self.token_width if "text" in conditions else 0
-        name, options = sized(spec.shape, self.size, width, out, self.family, tokens)
+        tokens = any(kind in ("text", "pretrained", "patches") for kind in kinds)
+        name, options = sized(spec.shape, self.size, width, out, self.family, self.token_width if tokens else 0)
         with torch.device("meta"):  # only to hear its complaints and its defaults: no weights, no random numbers
+            shown = {name: each for name, each in conditions.items() if each["kind"] == "picture"}
+            options["in_channels"] += Conditions.build(shown, width).channels
             complete = dict(build(name, {**options, **self.network}).config)
         return ModelConfig(
             network=name,
@@ -109,6 +125,14 @@ class Model:
             conditions=conditions,
             learned_variance=self.learned_variance,
         )
+
+
+    def _beside(self, spec: DataSpec, beside: Beside) -> dict[str, Any]:
+        """The condition that shows a picture made of each item."""
+        picture = {"shape": list(beside.shape(spec.shape)), "made": stated(beside)}
+        if self.beside_as == "channels":
+            return {"kind": "picture", "size": list(spec.shape[1:]), **picture}
+        return {"kind": "patches", "patch": self.beside_patch, "token_width": self.token_width, **picture}
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,24 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import load_json
+from ..config import load_json, write_bytes_atomic
 from ..data import Dataset
+from ..data.columns import in_words
+from ..data.shown import read_shown, write_shown
 from ..denoiser import terminal_snr_report
-from ..errors import UndiffuseWarning
+from ..errors import UndiffuseError, UndiffuseWarning
 from ..objectives import loss, overlap
 from ..outputs import suffixes, write_samples
 from ..pipeline import BATCH, Pipeline
+from .draws import told
 from .recipe import Recipe, kind_of
 
 if TYPE_CHECKING:
@@ -31,6 +36,13 @@ if TYPE_CHECKING:
 
 PREVIEW_SEED = 0
 """The noise of every preview, and ``undiffuse sample``'s default: a preview is what it would write (trap X8)."""
+
+
+ITEMS = 8
+"""Real items of which previews ask for the conditions."""
+
+
+NO_LATENTS = "model.beside is a picture made of the data, and these are latents: train without a codec"
 
 
 class Product(Protocol):
@@ -133,6 +145,8 @@ class Diffusion(Task):
     def __init__(self, dataset: Dataset, recipe: Recipe) -> None:
         super().__init__(dataset, recipe)
         self.config = recipe.config(dataset.spec)
+        if recipe.model.beside is not None and dataset.codec is not None:
+            raise UndiffuseError(NO_LATENTS)
 
     def build(self) -> nn.Module:
         return self.config.build()
@@ -169,16 +183,45 @@ class Diffusion(Task):
         """What ``undiffuse sample`` would write for the average as it is now, by the very same path."""
         pipeline, number = trainer.pipeline(), self.recipe.training.previews
         target = folder / f"preview-{trainer.step:06d}{suffixes(pipeline.spec)[0]}"
-        options: dict[str, Any] = {} if number == 64 else {"number": number}
-        # The first captions, so that a row can be read across the previews of a run.
-        prompts = whole.captions(range(min(8, len(whole)))) if pipeline.takes_prompts else None
-        if prompts:
-            options["prompt"] = prompts
-        sampling = pipeline.sampling
+        options, asked = self._asked(pipeline, whole, folder)
+        if number != 64 or "beside" in options:
+            options["number"] = number
+        classes, sampling = asked.pop("classes", None), pipeline.sampling
         write_samples(
-            target, pipeline, number, PREVIEW_SEED, None, sampling, BATCH, None, run, options, prompts=prompts
+            target, pipeline, number, PREVIEW_SEED, classes, sampling, BATCH, None, run, options, **asked
         )
         return target
+
+    def _asked(self, pipeline: Pipeline, whole: Dataset, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the previews ask for, as options of ``undiffuse sample`` and as :func:`.write_samples` takes it: every
+        class in turn, or what real items are where they are more than their class; the same ones in all previews of a
+        run, so that a column can be read across them, and held-out ones if there are any."""
+        from .held_out import divide
+
+        conditions = pipeline.denoiser.conditions
+        if conditions is None or not set(conditions.asked) - {"classes"}:
+            return {}, {}
+        source = divide(whole, self.recipe.training)[1] or whole
+        items = range(min(ITEMS, len(source)))
+        _, rows = told(conditions, source, items)
+        options: dict[str, Any] = {}
+        asked: dict[str, Any] = {"cond": {}}
+        if "classes" in rows:
+            asked["classes"] = rows["classes"].tolist()
+            options["classes"] = ",".join(map(str, asked["classes"]))
+        if pipeline.takes_prompts:
+            options["prompt"] = asked["prompts"] = whole.captions(items)
+        for name, words in in_words(pipeline.spec, {name: each.numpy() for name, each in rows.items()}).items():
+            asked["cond"][name] = words
+            said = [f"{name}={'none' if each is None else each}" for each in words]
+            options["cond"] = [*options.get("cond", []), *said]
+        if "beside" in rows and pipeline.beside is not None:
+            file, buffer = folder / "beside.npy", BytesIO()
+            np.save(buffer, write_shown(rows["beside"], pipeline.beside), allow_pickle=False)
+            write_bytes_atomic(file, buffer.getvalue())
+            options["beside"] = str(file)
+            asked["cond"]["beside"] = read_shown(file, pipeline.beside, holes=pipeline.fills_holes)
+        return options, asked
 
     def describe(self, trainer: Trainer, data: str) -> list[str]:
         recipe, dataset = self.recipe, self.dataset

@@ -28,7 +28,7 @@ from ..errors import UndiffuseError
 from ..networks import constrain
 from ..objectives import offset_noise
 from ..weights import check_fits, shapes
-from .draws import batch_indices, draw, lent
+from .draws import batch_indices, draw, generator, lent
 from .ema import EMA
 from .engine import check_divisible, divide, divides, exchange, whole
 from .muon import make_optimiser, moments
@@ -423,6 +423,7 @@ class Trainer:
         if conditions is None:
             return x0, {}
         cond = conditions.values(cond, self.dataset.captions(indices))
+        cond |= conditions.made(x0, lambda i: generator(self.seed, "picture", step * size + mine.start + i))
         conditions.check(cond)  # here, on the CPU: on a GPU each look would wait
         return x0, cond
 

@@ -1,0 +1,133 @@
+"""Pictures that a model is shown in sampling: a small one to enlarge, one with holes to fill, one to translate.
+
+They are read in their own units and never resized: a picture of another size is refused. What is transparent in it, NaN
+in an array, or marked by a mask is not known, and so is filled in.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UndiffuseError
+from .folder import Images
+from .images import Target, decode, read_header
+from .spec import DataSpec
+from .store import BadFile
+
+
+def picture_spec(spec: DataSpec, shape: Sequence[int]) -> DataSpec:
+    """The spec of pictures of this ``shape``, made of data of ``spec``: in the same units."""
+    layout = spec.layout.replace("C", "") if shape[0] == 1 != spec.channels else spec.layout
+    kept = {"layout": layout, "shape": tuple(shape), "classes": (), "vocabulary": (), "attributes": (), "numbers": ()}
+    return replace(spec, **kept)  # type: ignore[arg-type]
+
+
+def read_shown(
+    path: str | os.PathLike[str], spec: DataSpec, mask: str | os.PathLike[str] | None = None, holes: bool = True
+) -> Tensor:
+    """The pictures in a file, a folder of files in the order of their names, or a ``.npy`` (one, or ``[N, ...]``), as
+    ``[N, *spec.shape]`` in model units, NaN where nothing is known.
+
+    ``mask``   a picture whose transparent part (or white part, where nothing is transparent) is not known, of all
+    ``holes``   whether something may be, and then must be, unknown
+
+    Raises :class:`UndiffuseError` for files that cannot be read, are of another size, or in other units.
+    """
+    path = Path(path)
+    files = [path]
+    if path.is_dir():
+        known = Images.known | {"npy"}
+        files = sorted(each for each in path.iterdir() if each.suffix.lower().removeprefix(".") in known)
+    if not files:
+        raise UndiffuseError(f"--beside {path}: holds no pictures; put {Images.formats} or .npy files into it")
+    values, gaps = zip(*(_array(each, spec) if each.suffix == ".npy" else _image(each, spec) for each in files))
+    if mask is not None:
+        marked = _mask(Path(mask), spec)
+        gaps = tuple(gap | marked for gap in gaps)
+    unknown = np.concatenate(gaps)
+    some = unknown.reshape(len(unknown), -1).any(1)
+    if not holes and some.any():
+        raise UndiffuseError(f"--beside {path}: this model was shown whole pictures; leave out --mask and transparency")
+    if holes and not some.all():
+        raise UndiffuseError(
+            f"--beside {path}: picture {int(np.argmin(some))} has nothing to fill in: make a part of it transparent, or "
+            "mark it white in a --mask"
+        )
+    x = replace(spec, dtype="float32").to_model(np.concatenate(values))
+    return x.masked_fill(torch.from_numpy(unknown)[:, None], torch.nan)
+
+
+def write_shown(x: Tensor, spec: DataSpec) -> np.ndarray:
+    """Pictures ``[N, *spec.shape]`` in model units as :func:`read_shown` reads them of a ``.npy``: rounded where the
+    data are whole numbers."""
+    values = spec.to_data(x.nan_to_num()).astype(np.float32)
+    plain = replace(spec, dtype="float32", low=None, high=None, shift=(0.0,), scale=(1.0,))
+    values[plain.to_data(x.isnan().float()) > 0] = np.nan
+    return values
+
+
+def _array(path: Path, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
+    """``(values [N, *original_shape] float32, unknown [N, *spatial])`` of a ``.npy``."""
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UndiffuseError(f"--beside {path}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "buif":
+        raise UndiffuseError(f"--beside {path}: holds no numbers")
+    values = values[None] if values.shape == spec.original_shape else values
+    if values.shape[1:] != spec.original_shape or not len(values):
+        raise UndiffuseError(f"--beside {path}: shape {values.shape}; this model takes [N, *{spec.original_shape}]")
+    values = values.astype(np.float32)
+    gaps = np.isnan(values)
+    if not spec.dtype.startswith("float") and (values[~gaps] % 1).any():
+        raise UndiffuseError(f"--beside {path}: the model's pictures are {spec.dtype}; give whole numbers (NaN: unknown)")
+    if "C" in spec.layout:
+        gaps = gaps.any(1 + spec.layout.index("C"))
+    fill = np.float32(spec.shift[0] if spec.low is None else spec.low)
+    return np.nan_to_num(values, nan=fill, posinf=np.inf, neginf=-np.inf), gaps
+
+
+def _image(path: Path, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
+    """The same of a picture; what is transparent is unknown, unless transparency is part of the data."""
+    if spec.low is None or spec.high is None or not spec.has_pictures:
+        raise UndiffuseError(f"--beside {path}: the model's pictures are {spec.dtype} without a range; give a .npy")
+    bits = 16 if spec.dtype == "uint16" else 8
+    pixels = _pixels(path, spec, spec.channels, bits, "--beside").astype(np.float64)
+    values = spec.low + pixels / (2**bits - 1) * (spec.high - spec.low)  # digits are 0 to 16, say
+    if "C" in spec.layout:
+        values = np.moveaxis(values.reshape(*values.shape[:2], -1), -1, spec.layout.index("C"))
+    transparent = np.zeros(spec.shape[1:], bool)
+    if spec.channels != 4:
+        transparent = _pixels(path, spec, 4, 8, "--beside")[..., 3] < 255
+    return values[None].astype(np.float32), transparent[None]
+
+
+def _mask(path: Path, spec: DataSpec) -> np.ndarray:
+    """What is unknown, ``[*spatial]``: as OpenAI's masks (transparent) or diffusers' (white)."""
+    pixels = _pixels(path, spec, 4, 8, "--mask")
+    alpha = pixels[..., 3]
+    return alpha < 128 if (alpha < 255).any() else pixels[..., :3].mean(-1) > 127
+
+
+def _pixels(path: Path, spec: DataSpec, channels: int, bits: int, option: str) -> np.ndarray:
+    try:
+        data = path.read_bytes()
+        header = read_header(BytesIO(data))
+        if (header.height, header.width) != spec.shape[1:]:
+            height, width = spec.shape[1:]
+            raise UndiffuseError(
+                f"{option} {path}: {header.width}x{header.height} (width, height); this model takes {width}x{height}"
+            )
+        return decode(data, Target((header.height, header.width), channels, bits)).pixels
+    except BadFile as error:
+        raise UndiffuseError(f"{option} {path}: {error}") from None
+    except OSError as error:
+        raise UndiffuseError(f"{option} {path}: {(error.strerror or 'cannot be read').lower()}") from None
