@@ -50,7 +50,9 @@ class Smaller(Beside):
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         if len(shape) < 2 or any(n % self.factor for n in shape[1:]):
-            raise UndiffuseError(f"data of shape {list(shape)} cannot be made smaller by {self.factor}: choose a divisor")
+            raise UndiffuseError(
+                f"data of shape {list(shape)} cannot be made smaller by {self.factor}: choose a divisor"
+            )
         return (shape[0], *(n // self.factor for n in shape[1:]))
 
     def __call__(self, x: Tensor, streams: Iterable[Generator]) -> Tensor:

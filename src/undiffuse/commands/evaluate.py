@@ -209,6 +209,8 @@ def report(found: Evaluation) -> str:
         lines.append(f"{name:<{width}}  {each['value']:>9.4g}  {interval:>22}  {floor:>9}  {each['n']:>6,}")
     lines += [_fold(f"{name}: {why}") for name, why in found.refused.items()]
     lines += ["", _fold(f"floor        real against real: {found.data['split']}")]
+    if found.samples.get("plan") == "items":
+        lines.append(_fold(f"asked        {found.samples['plan_in_words']}"))
     if found.memorisation is not None:
         lines.append(_fold(f"copies       {_copies(found)}"))
     if found.classes is not None:

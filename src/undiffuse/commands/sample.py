@@ -239,7 +239,9 @@ def read_beside(pipeline: Pipeline, options: dict[str, Any]) -> Tensor | None:
     before, options["shown"] = options.get("shown"), digest(shown.numpy().tobytes())[:16]
     if before not in (None, options["shown"]):
         warnings.warn(
-            f"{options['beside']} holds other pictures than it did: expect another result", UndiffuseWarning, stacklevel=2
+            f"{options['beside']} holds other pictures than it did: expect another result",
+            UndiffuseWarning,
+            stacklevel=2,
         )
     return shown
 

@@ -48,20 +48,19 @@ def read_shown(
         files = sorted(each for each in path.iterdir() if each.suffix.lower().removeprefix(".") in known)
     if not files:
         raise UndiffuseError(f"--beside {path}: holds no pictures; put {Images.formats} or .npy files into it")
-    values, gaps = zip(*(_array(each, spec) if each.suffix == ".npy" else _image(each, spec) for each in files))
+    read = [_array(each, spec) if each.suffix.lower() == ".npy" else _image(each, spec) for each in files]
+    x = replace(spec, dtype="float32").to_model(np.concatenate([values for values, _ in read]))
+    unknown = np.concatenate([gaps for _, gaps in read])
     if mask is not None:
-        marked = _mask(Path(mask), spec)
-        gaps = tuple(gap | marked for gap in gaps)
-    unknown = np.concatenate(gaps)
+        unknown = unknown | _mask(Path(mask), spec)
     some = unknown.reshape(len(unknown), -1).any(1)
     if not holes and some.any():
         raise UndiffuseError(f"--beside {path}: this model was shown whole pictures; leave out --mask and transparency")
     if holes and not some.all():
         raise UndiffuseError(
-            f"--beside {path}: picture {int(np.argmin(some))} has nothing to fill in: make a part of it transparent, or "
-            "mark it white in a --mask"
+            f"--beside {path}: picture {int(np.argmin(some))} has nothing to fill in: make a part of it transparent, "
+            "or mark it white in a --mask"
         )
-    x = replace(spec, dtype="float32").to_model(np.concatenate(values))
     return x.masked_fill(torch.from_numpy(unknown)[:, None], torch.nan)
 
 
@@ -86,13 +85,14 @@ def _array(path: Path, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
     if values.shape[1:] != spec.original_shape or not len(values):
         raise UndiffuseError(f"--beside {path}: shape {values.shape}; this model takes [N, *{spec.original_shape}]")
     values = values.astype(np.float32)
-    gaps = np.isnan(values)
+    gaps: np.ndarray = np.isnan(values)
     if not spec.dtype.startswith("float") and (values[~gaps] % 1).any():
-        raise UndiffuseError(f"--beside {path}: the model's pictures are {spec.dtype}; give whole numbers (NaN: unknown)")
-    if "C" in spec.layout:
-        gaps = gaps.any(1 + spec.layout.index("C"))
-    fill = np.float32(spec.shift[0] if spec.low is None else spec.low)
-    return np.nan_to_num(values, nan=fill, posinf=np.inf, neginf=-np.inf), gaps
+        raise UndiffuseError(
+            f"--beside {path}: the model's pictures are {spec.dtype}; give whole numbers (NaN: unknown)"
+        )
+    fill = spec.shift[0] if spec.low is None else spec.low
+    values = np.where(gaps, np.float32(fill), values)
+    return values, np.asarray(gaps.any(1 + spec.layout.index("C"))) if "C" in spec.layout else gaps
 
 
 def _image(path: Path, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:

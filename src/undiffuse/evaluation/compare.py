@@ -408,7 +408,7 @@ class Instrument:
         return ask(pipeline, self.dataset, self.samples, "data")
 
     def draw(
-        self, pipeline: Pipeline, sampling: Sampling, seed: int, folder: Path, say: Callable[[str], None]
+        self, pipeline: Pipeline, sampling: Sampling, asked: Asked, seed: int, folder: Path, say: Callable[[str], None]
     ) -> np.ndarray:
         """The samples ``[n, *shape]`` in the data's units; those that are in the folder are read."""
         parts = []
@@ -419,7 +419,6 @@ class Instrument:
                 if start == 0:
                     say(f"sampling   {self.samples:,} samples in {sampling.steps} steps")
                 folder.mkdir(parents=True, exist_ok=True)
-                asked = self.asked(pipeline)
                 told: dict[str, Any] = {"classes": asked.classes, "cond": asked.cond}
                 drawn = pipeline.draw(numbers, seed=seed, sampling=sampling, **told)
                 buffer = BytesIO()
@@ -435,10 +434,12 @@ class Instrument:
         """The run with its figures and samples."""
         pipeline = Pipeline.load(run.path, device)
         stated = json.dumps(to_json(sampling, REGISTRIES), sort_keys=True)
-        key = digest(pipeline.fingerprint, stated, str(run.seed), json.dumps(self.asked(pipeline)))
+        asked = self.asked(pipeline)
+        more = [asked.content] * (asked.cond is not None)
+        key = digest(pipeline.fingerprint, stated, str(run.seed), json.dumps(asked.classes), *more)
         folder = out / "samples" / f"{run.path.name}-{self.samples}-{key[:12]}"
-        values = self.draw(pipeline, sampling, run.seed, folder, say)
-        self.kept[run.path] = sampled = examples(self.dataset, extract(self.features, values), self.asked(pipeline))
+        values = self.draw(pipeline, sampling, asked, run.seed, folder, say)
+        self.kept[run.path] = sampled = examples(self.dataset, extract(self.features, values), asked.labels)
         figures = measure(sampled, self.data, held_out=self.real, allow_small=True)
         curves = read_curves(run.path)
         status = json.loads((run.path / "status.json").read_text())
@@ -454,12 +455,12 @@ class Instrument:
         )
 
 
-def examples(dataset: Dataset, known: Extracted, classes: Sequence[int] | None = None) -> Examples:
+def examples(dataset: Dataset, known: Extracted, classes: np.ndarray | None = None) -> Examples:
     """Features as metrics take them; points are also vectors."""
     features = known.features.numpy()
     labels = known.labels.numpy() if known.labels is not None else None
     if classes is not None:
-        labels = np.asarray(classes, np.int64)
+        labels = classes
     probabilities = None if known.probabilities is None else known.probabilities.numpy()
     return Examples(
         features=features,

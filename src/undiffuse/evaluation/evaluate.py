@@ -433,6 +433,16 @@ def _likelihood(
     }
 
 
+def _latents(pipeline: Pipeline, items: ArrayDataset) -> ArrayDataset:
+    """What the denoiser sees of items, in memory."""
+    assert pipeline.codec is not None
+    z = pipeline.encode(items.batch(range(len(items)))[0]).cpu().numpy()
+    spec = latent_spec(items.spec, pipeline.codec)
+    found = ArrayDataset(spec, z, items.labels, name=items.name, columns=items.columns)
+    found.texts = items.texts
+    return found
+
+
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 

@@ -158,7 +158,9 @@ def ask(model: Pipeline, data: Dataset, n: int, plan: str, source: Dataset | Non
         labels = known[classes] if classes is not None and (known >= 0).all() else None
         return Asked(plan if classes is not None else None, said, classes, None, labels)
     if choose("class plan", plan, PLANS) is not PLANS["data"]:
-        raise UndiffuseError(f"--plan {plan} is for models of classes alone; this one takes {', '.join(conditions.asked)}")
+        raise UndiffuseError(
+            f"--plan {plan} is for models of classes alone; this one takes {', '.join(conditions.asked)}"
+        )
     source = data if source is None else source
     items = translated(model, source, n)
     _, rows = told(conditions, items, range(len(items)))

@@ -126,7 +126,6 @@ class Model:
             learned_variance=self.learned_variance,
         )
 
-
     def _beside(self, spec: DataSpec, beside: Beside) -> dict[str, Any]:
         """The condition that shows a picture made of each item."""
         picture = {"shape": list(beside.shape(spec.shape)), "made": stated(beside)}

@@ -187,9 +187,7 @@ class Diffusion(Task):
         if number != 64 or "beside" in options:
             options["number"] = number
         classes, sampling = asked.pop("classes", None), pipeline.sampling
-        write_samples(
-            target, pipeline, number, PREVIEW_SEED, classes, sampling, BATCH, None, run, options, **asked
-        )
+        write_samples(target, pipeline, number, PREVIEW_SEED, classes, sampling, BATCH, None, run, options, **asked)
         return target
 
     def _asked(self, pipeline: Pipeline, whole: Dataset, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
