@@ -277,15 +277,21 @@ def prepare(
 
 @contextmanager
 def bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that appears when something is done; on no terminal, nothing."""
+    """A progress bar that appears when something is done; on no terminal a plain line every ten seconds."""
     from tqdm import tqdm
 
     bars: list[tqdm[Any]] = []
+    last = time.monotonic()
 
     def move(done: int, total: int) -> None:
-        if not bars:
-            bars.append(tqdm(total=total, desc=what, unit="item", unit_scale=True, leave=False, disable=None))
-        bars[0].update(done - bars[0].n)
+        nonlocal last
+        if sys.stderr.isatty():
+            if not bars:
+                bars.append(tqdm(total=total, desc=what, unit="item", unit_scale=True, leave=False))
+            bars[0].update(done - bars[0].n)
+        elif time.monotonic() - last > 10:
+            last = time.monotonic()
+            print(f"{what}: {done:,} of {total:,} items", flush=True)
 
     try:
         yield move
