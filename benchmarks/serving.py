@@ -195,6 +195,7 @@ class Outcome:
     rate: float  # requests a second
     p50: float  # seconds
     p99: float
+    cpu: float  # seconds of computation by whoever serves, HTTP included
 
 
 def closed(serve: Callable[[Ask], None], asks: list[Ask], clients: int) -> Outcome:
@@ -211,13 +212,20 @@ def closed(serve: Callable[[Ask], None], asks: list[Ask], clients: int) -> Outco
             serve(ask)
             times.append(time.perf_counter() - begun)
 
+    def computed() -> float:
+        if not isinstance(serve, Served):
+            return time.process_time()
+        fields = Path(f"/proc/{serve.process}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     threads = [threading.Thread(target=client) for _ in range(clients)]
-    begun = time.perf_counter()
+    begun, before = time.perf_counter(), computed()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return Outcome(len(asks) / (time.perf_counter() - begun), *quantiles(times))
+    took = time.perf_counter() - begun
+    return Outcome(len(asks) / took, *quantiles(times), computed() - before)
 
 
 def quantiles(times: list[float]) -> tuple[float, float]:
@@ -360,18 +368,27 @@ def main() -> None:
         flood = overload(served, asks, rate, options.overload) if options.overload else None
     result: dict[str, Any] = {"model": model.name, "clients": options.clients, "requests": options.requests}
     result |= {"rows": rows, "threads": torch.get_num_threads(), "load": round(load, 2), "ways": {}}
+
     print(
         f"{options.clients} clients, {options.requests} requests, {options.rounds} rounds, {rows} rows a call, ", end=""
     )
     print(f"{torch.get_num_threads()} threads, load average {load:.2f}")
-    print(f"{'':<8}{'requests/s':>12}{'p50 s':>9}{'p99 s':>9}{'engine is':>12}{'its p99 is':>12}")
+
+    print(
+        f"{'':<8}{'requests/s':>12}{'p50 s':>9}{'p99 s':>9}{'CPU s':>9}"
+        + f"{'engine is':>12}{'its p99 is':>12}{'its CPU is':>12}"
+    )
     for name in ways:
         outcomes = [each[name] for each in rounds]
         gain = median(each["engine"].rate / each[name].rate for each in rounds)
         tail = median(each["engine"].p99 / each[name].p99 for each in rounds)
-        row = [median(getattr(outcome, what) for outcome in outcomes) for what in ("rate", "p50", "p99")]
-        result["ways"][name] = dict(zip(("rate", "p50", "p99"), row, strict=True)) | {"gain": gain, "p99_ratio": tail}
-        print(f"{name:<8}{row[0]:>12.2f}{row[1]:>9.2f}{row[2]:>9.2f}{gain:>11.2f}x{tail:>11.2f}x")
+        spent = median(each["engine"].cpu / each[name].cpu for each in rounds)
+        whats = ("rate", "p50", "p99", "cpu")
+        row = [median(getattr(outcome, what) for outcome in outcomes) for what in whats]
+        ratios = {"gain": gain, "p99_ratio": tail, "cpu_ratio": spent}
+        result["ways"][name] = dict(zip(whats, row, strict=True)) | ratios
+        numbers = "".join(f"{number:>9.2f}" for number in row[1:])
+        print(f"{name:<8}{row[0]:>12.2f}{numbers}{gain:>11.2f}x{tail:>11.2f}x{spent:>11.2f}x")
     print(f"one at a time: {single['served_ms']} ms served, {single['sampled_ms']} ms sampled, ratio {single['ratio']}")
     print(f"overload: {flood}")
     if options.out:

@@ -299,3 +299,12 @@ def test_the_probe_stays_in_bounds(model: Pipeline) -> None:
     rows, seconds = probe(model, most=8, repeats=1)
     assert rows in (2, 4, 8)
     assert seconds > 0
+
+
+def test_the_probe_does_not_look_at_the_clock_on_a_cpu(model: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where others compute, the clock says that small batches are best: long calls are those interrupted."""
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "perf_counter", lambda: pytest.fail("the clock"))
+        rows, seconds = probe(model, most=4, repeats=1)
+    assert rows in (2, 4)
+    assert seconds > 0
