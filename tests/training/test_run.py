@@ -304,7 +304,9 @@ def test_another_learning_rate_is_taken_when_asked_for_and_written_down(tmp_path
     assert len(found.state["changed"]) == 2  # it is remembered for good
 
 
-@pytest.mark.parametrize("setting", ["training.batch_size=8", "model.network.width=12", "model.prediction=v"])
+@pytest.mark.parametrize(
+    "setting", ["training.batch_size=8", "model.network.width=12", "model.prediction=v", "optimiser.kind=muon"]
+)
 def test_what_cannot_be_continued_is_refused_even_when_asked_for(setting: str, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, progress=stop_at(2))

@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -50,7 +50,7 @@ from .doctor import glance
 from .engine import check_divisible
 from .held_out import Curve, Probe, divide, probe
 from .muon import TITLES
-from .recipe import Plan, Recipe, stored_recipe
+from .recipe import Optimiser, Plan, Recipe, stored_recipe
 from .report import REFRESH, Report
 from .tasks import Judge, Product
 from .track import TensorBoard
@@ -70,7 +70,8 @@ FREE = (
 """Settings that decide nothing of what is trained: they may be other ones when a run is continued."""
 
 CHANGEABLE = (
-    *("recipe.optimiser", "recipe.ema", "recipe.objective"),
+    *(f"recipe.optimiser.{each.name}" for each in fields(Optimiser) if each.name != "kind"),  # its state is another one
+    *("recipe.ema", "recipe.objective"),
     *("recipe.training.images", "recipe.training.accumulation", "recipe.training.precision", "minutes"),
     "recipe.training.compile",
     *("recipe.training.until_converged", "recipe.training.evaluate_every"),
