@@ -88,6 +88,7 @@ def test_save_load_save_is_the_same_to_the_byte(tmp_path: Path, kind: str) -> No
     assert [name for name in first if first[name] != second[name]] == []
     theirs = files(tmp_path / "theirs")
     assert set(first) == {*theirs, "pipeline.json"}
+    assert json.loads(first["model_index.json"]) == json.loads(theirs["model_index.json"])
     diffusers.DiffusionPipeline.from_pretrained(tmp_path / "a")
 
 
@@ -501,6 +502,10 @@ def test_LD7_nothing_is_fetched_unless_asked_for(saved: Path, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UndiffuseError, match=r"Pipeline.load\(..., download=True\) fetches it"):
         Pipeline.load("me/tiny")
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda name, files_metadata: 1 / 0)
+    with pytest.raises(UndiffuseError, match=r"me/tiny: cannot be fetched \(division by zero\)"):
+        Pipeline.load("me/tiny", download=True)
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda name, files_metadata: info)
     with pytest.warns(UserWarning, match=r"fetching 10 files, 0.00 GB, of me/tiny at abc"):
         ours = Pipeline.load("me/tiny", download=True)
     assert asked[-1]["revision"] == "abc"

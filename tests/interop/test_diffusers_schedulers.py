@@ -248,6 +248,9 @@ def test_trap_S16_clipping_is_a_threshold() -> None:
     assert ours("DDPMScheduler").threshold == "static"
     assert ours("DDPMScheduler", clip_sample=False).threshold == "none"
     assert ours("DDPMScheduler", thresholding=True).threshold == "dynamic"
+    assert ours("DDPMScheduler", clip_sample_range=1).threshold == "static"  # JSON's 1 is 1.0
+    with pytest.raises(UndiffuseError, match="clip_sample_range = True"):
+        ours("DDPMScheduler", clip_sample_range=True)
     with pytest.raises(UndiffuseError, match=r"clip_sample_range = 2.0 cannot be read here, only 1.0"):
         ours("DDPMScheduler", clip_sample_range=2.0)
 

@@ -100,7 +100,10 @@ def single_file(
         return assemble(Folder(Path(place)), device, dtype, offload)
 
 
-NEEDED = re.compile(r"model_index\.json|[\w.-]+/[\w.-]+\.(json|txt|model|safetensors)")
+NEEDED = re.compile(
+    r"(model_index|config|scheduler_config)\.json|diffusion_pytorch_model\.safetensors"
+    r"|[\w.-]+/[\w.-]+\.(json|txt|model|safetensors)"
+)
 """Files of a repository that are fetched: configs, vocabularies and safetensors of its parts."""
 
 
@@ -108,7 +111,6 @@ def hub_folder(name: str, variant: str | None, download: bool) -> tuple[Path, Pa
     """The folder of a model of the Hugging Face Hub on this machine, and what its links must not leave. Fetched, at one
     revision, only if ``download`` says so."""
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     sizes: dict[str, int] = {}
     revision: str | None = None
@@ -125,7 +127,9 @@ def hub_folder(name: str, variant: str | None, download: bool) -> tuple[Path, Pa
         place = huggingface_hub.snapshot_download(
             name, revision=revision, local_files_only=not download, allow_patterns=sorted(sizes) or None
         )
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except UndiffuseError:
+        raise
+    except Exception as error:  # of the client, or of what it connects with
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         if download:
             raise UndiffuseError(f"{name}: cannot be fetched ({said})") from None
@@ -171,13 +175,13 @@ def assemble(folder: Folder, device: torch.device, dtype: torch.dtype, offload: 
         raise UndiffuseError(
             f"{where}: clip_sample or thresholding of latents, which have no range (trap S16): set it to false"
         )
-    home = DiffusersHome(folder, parts, made, meaning)
+    home = DiffusersHome(folder, parts, made, meaning, torch.device("cpu") if offload else device)
     pipeline = home.pipeline(made.size)
     for module in (pipeline.denoiser, made.codec):
         if module is not None:
-            module.to("cpu" if offload else device).eval().requires_grad_(False)
+            module.to(home.place).eval().requires_grad_(False)
     if offload:
-        home.device, seats = torch.device("cpu"), Seats(device)
+        home.device, seats = home.place, Seats(device)
         made.network.seats = seats
         if made.codec is not None:
             made.codec.seats = seats
@@ -222,17 +226,16 @@ def picture(channels: int, size: Size, classes: tuple[str, ...]) -> DataSpec:
 
 @final
 class DiffusersHome:
-    """Where a pipeline comes from: the parts of a folder, and its small files as they were."""
+    """Where a pipeline comes from: the parts of a folder, and its small files as they were. ``place``: of samples."""
 
-    def __init__(self, folder: Folder, parts: Parts, made: Made, meaning: Meaning) -> None:
-        self.made, self.meaning, self.modules = made, meaning, parts.modules
+    def __init__(self, folder: Folder, parts: Parts, made: Made, meaning: Meaning, place: torch.device) -> None:
+        self.made, self.meaning, self.modules, self.place = made, meaning, parts.modules, place
         self.device: torch.device | None = None
         self.family = folder.family
         kept = {*parts.modules, *parts.tokenizers, "scheduler"}
         index: dict[str, Any] = {key: value for key, value in folder.index.items() if key.startswith("_")}
         index |= {name: list(value) if name in kept else [None, None] for name, value in folder.parts.items()}
-        index |= folder.options
-        self.index = {key: index[key] for key in folder.index if key in index}
+        self.index = {key: index.get(key, value) for key, value in folder.index.items()}
         self.left_out = sorted(set(folder.parts) - kept)
         self.files: dict[str, bytes] = {}
         for part in sorted(parts.modules):
@@ -254,7 +257,7 @@ class DiffusersHome:
         if made.network.fixed and size != made.size:
             raise UndiffuseError(f"this network makes pictures of {made.size[0]} x {made.size[1]} only")
         conditions: dict[str, Condition] = {} if made.texts is None else {"prompt": made.texts}
-        conditions |= made.told(size)
+        conditions |= {name: part.to(self.place) for name, part in made.told(size).items()}
         channels = made.network.in_channels if made.codec is None else int(made.codec.config["in_channels"])
         beside = sum(part.channels for part in conditions.values())
         latents = made.network.in_channels if made.codec is None else len(made.codec.mean)

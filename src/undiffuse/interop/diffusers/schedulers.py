@@ -271,9 +271,7 @@ class Options:
     def take(self, key: str, *choices: object) -> Any:
         """The value, one of ``choices`` if there are any."""
         value = self.left.pop(key)
-        if choices and not any(
-            value is choice or (value == choice and type(value) is type(choice)) for choice in choices
-        ):
+        if choices and not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in choices):
             named = " or ".join(repr(choice) for choice in choices)
             raise UndiffuseError(f"{self.where}: {key} = {value!r} cannot be read here, only {named}")
         return value
@@ -300,7 +298,7 @@ class Options:
         """Options that can have one value only, here or at all, where this class has them."""
         for key, value in settings:
             if key in self.left:
-                self.take(key, *([value, float(value)] if type(value) is int else [value]))
+                self.take(key, value)
 
     def done(self) -> None:
         """Refuse what nobody looked at."""
