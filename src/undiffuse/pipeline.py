@@ -948,7 +948,7 @@ class Pipeline:
         ``classes`` are those of the N values, and ``cond`` is what else is known of them, N rows of any condition by
         name; what is not given is nothing in particular.
         """
-        cond = in_raw(self.spec, cond or {})
+        cond = cond or {}
         if wrong := [name for name, rows in cond.items() if len(rows) != len(values)]:
             raise UndiffuseError(f"likelihood of {len(values)} values, {len(cond[wrong[0]])} rows of {wrong[0]}")
         x = self.spec.to_model(values)

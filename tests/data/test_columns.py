@@ -198,6 +198,10 @@ def test_a_model_of_them_uses_each(cats: Path) -> None:
     assert rows == {"breed": ["manx", "tabby", None], "age": ["5"]}
     told = pipeline.conditions(range(3), None, cond=rows)
     assert told["attributes"].tolist() == [[0, 2], [1, 2], [2, 2]]
+    _, raw = data.batch([0, 30])
+    words: dict[str, list[object]] = {"breed": ["manx", "tabby"], "colour": ["blue", "blue"], "age": [0, 7.5]}
+    likely = [pipeline.log_likelihood(data.values([0, 30]), cond=c, steps=2, probes=2).log_prob for c in (raw, words)]
+    assert torch.allclose(likely[0], likely[1], rtol=1e-5)
     x = [pipeline.draw(1, cond=cond) for cond in ({"breed": "manx"}, {"breed": "tabby"}, {"age": 1}, {"age": 9}, {})]
     assert len({tuple(each.flatten().tolist()) for each in x}) == 5
     with pytest.raises(UndiffuseError, match=r"unknown condition.*'colr': did you mean 'colour'"):
