@@ -238,7 +238,7 @@ def flow_scheduler(**options: Any) -> Any:
     return scheduler("FlowMatchEulerDiscreteScheduler", **options)
 
 
-def sd3(**options: Any) -> Any:
+def sd3(reads_t5: bool = True, **options: Any) -> Any:
     import diffusers
 
     transformer = seeded(
@@ -265,8 +265,8 @@ def sd3(**options: Any) -> Any:
         tokenizer=clip_tokenizer(),
         text_encoder_2=clip(projected=True, width=16, seed=7),
         tokenizer_2=clip_tokenizer("!"),
-        text_encoder_3=t5(),
-        tokenizer_3=t5_tokenizer(),
+        text_encoder_3=t5() if reads_t5 else None,
+        tokenizer_3=t5_tokenizer() if reads_t5 else None,
         scheduler=flow_scheduler(**{"shift": 3.0, **options}),
     )
 

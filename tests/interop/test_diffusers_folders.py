@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -550,6 +551,11 @@ def test_the_verbs_take_a_folder(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert main(["sample", str(folder), *asked]) == 0
     assert main(["sample", "--from", out, "--out", str(tmp_path / "again.png")]) == 0
     assert "ddim, leading grid, 2 steps" in capsys.readouterr().out
+    tall = ["sample", str(folder), "--steps", "1", "-n", "2", "--size", "48x32"]
+    assert main([*tall, "--out", str(tmp_path / "tall.npy")]) == 0
+    assert np.load(tmp_path / "tall.npy").shape == (2, 48, 32, 3)
+    assert main([*tall[:-1], "48", "--out", str(tmp_path / "no.npy")]) == 2
+    assert "HEIGHTxWIDTH" in capsys.readouterr().err
     assert main(["show", str(folder)]) == 0
     shown = capsys.readouterr().out
     for said in ("StableDiffusionPipeline", "UNet2DConditionModel", "ScaledLinearBetas", "0.00468", "Eps"):

@@ -244,6 +244,7 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "sdxl_zeros_not_forced": (lambda: with_option(tiny.sdxl(), force_zeros_for_empty_prompt=False), SIZED),
     "sdxl_edm": (lambda: tiny.sdxl(schedule=tiny.scheduler("EDMEulerScheduler")), SIZED),
     "sd3": (tiny.sd3, {**SIZED, "sigmas": ONCE}),
+    "sd3_without_t5": (lambda: tiny.sd3(reads_t5=False), {**SIZED, "sigmas": ONCE}),
     "pixart_alpha": (tiny.pixart, {"use_resolution_binning": False}),
     "pixart_sigma": (lambda: tiny.pixart("PixArtSigmaPipeline"), {"use_resolution_binning": False}),
 }

@@ -74,6 +74,7 @@ def sample(
     batch_size: int | None = None,
     rows: int | None = None,
     tile: int | None = None,
+    size: Annotated[str | None, tyro.conf.arg(metavar="HEIGHTxWIDTH")] = None,
     out: AnyPath | None = None,
     from_: Annotated[AnyPath | None, tyro.conf.arg(name="from")] = None,
     device: str = "auto",
@@ -105,6 +106,7 @@ def sample(
         rows: Fill every network call up to so many rows, as `undiffuse serve --exact --rows N` does: on a CPU the
             samples are then the server's to the last bit.
         tile: Decode a model's latents in tiles of so many positions a side, for pictures that do not fit into memory.
+        size: Of the pictures, of a model of diffusers that makes them in several (default: its own).
         out: A .png grid, a .npy array of shape [N, data shape] in the data's own units and dtype, a .gif or .webp of
             the trajectory, or a folder with one file a sample. Sounds: a .wav with one after another, or a folder of
             them. Points: a .csv. (Default: samples, as what the data is.)
@@ -139,6 +141,7 @@ def sample(
         "batch_size": batch_size,
         "rows": rows,
         "tile": tile,
+        "size": size,
         "set": list(set) or None,
     }
     made = made_by(Path(from_)) if from_ is not None else None
@@ -151,6 +154,8 @@ def sample(
     with joined(device) as (team, place):
         with team.agree():
             pipeline = Pipeline.load(model, place)
+            if "size" in options:
+                pipeline = pipeline.resized(*parse_size(options["size"]))
             if made and made["weights"] != pipeline.fingerprint:
                 warnings.warn(
                     f"{from_} was made by other weights: expect another picture", UndiffuseWarning, stacklevel=2
@@ -244,6 +249,14 @@ def read_beside(pipeline: Pipeline, options: dict[str, Any]) -> Tensor | None:
             stacklevel=2,
         )
     return shown
+
+
+def parse_size(text: str) -> tuple[int, ...]:
+    """``512x768`` is a height and a width."""
+    numbers = text.lower().split("x")
+    if len(numbers) != 2 or not all(number.isdecimal() and len(number) < 6 for number in numbers):
+        raise UndiffuseError(f"--size {text}: write it as HEIGHTxWIDTH, as in 512x768")
+    return tuple(map(int, numbers))
 
 
 def read_prompts(path: AnyPath | None) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -21,6 +22,7 @@ from .codecs import CODECS, Autoencoder
 from .folder import Folder, load_part
 from .networks import NETWORKS, Adapter, Layout
 from .texts import (
+    Arrange,
     ClassNumbers,
     Hole,
     Numbers,
@@ -28,6 +30,7 @@ from .texts import (
     Texts,
     alone,
     clips_then_t5,
+    clips_without_t5,
     pooled_and_t5,
     side_by_side,
 )
@@ -291,23 +294,25 @@ def stable_diffusion_xl(parts: Parts) -> Made:
 
 
 def stable_diffusion_3(parts: Parts) -> Made:
-    """Stable Diffusion 3: two CLIPs and T5."""
+    """Stable Diffusion 3: two CLIPs and T5, or without T5."""
 
     def layout(options: Mapping[str, Any]) -> Layout:
         return Layout({"pooled": int(options["pooled_projection_dim"])})
 
     network, codec = parts.network("transformer", ["SD3Transformer2DModel"], layout), parts.codec()
-    if not parts.has("text_encoder_3"):
-        raise UndiffuseError(f"{parts.folder.path}: text_encoder_3 (T5) is left out, which is not read here; add it")
     readers = {f"text_encoder{number}": parts.reader(number, layer=-2, pooled="text_embeds") for number in ("", "_2")}
-    readers["text_encoder_3"] = parts.reader("_3", places=256)
+    arrange: Arrange = clips_then_t5
+    if parts.has("text_encoder_3"):
+        readers["text_encoder_3"] = parts.reader("_3", places=256)
+    else:
+        arrange = partial(clips_without_t5, places=256, width=int(network.options["joint_attention_dim"]))
     return Made(
         network,
         codec,
         pair(network.options["sample_size"], codec.factor),
         steps=28,
         guidance_scale=7.0,
-        texts=Texts(readers, clips_then_t5, network.layout),
+        texts=Texts(readers, arrange, network.layout),
     )
 
 

@@ -113,6 +113,13 @@ def clips_then_t5(said: Sequence[Said]) -> Said:
     return Said(torch.cat([first, t5.tokens]), pooled, torch.cat([clips[0].mask, t5.mask]))
 
 
+def clips_without_t5(said: Sequence[Said], places: int, width: int) -> Said:
+    """SD3 whose T5 was left out: zeros stand in its place."""
+    like = said[0]
+    nothing = Said(like.tokens.new_zeros(places, width), None, like.mask.new_ones(places))
+    return clips_then_t5([*said, nothing])
+
+
 def pooled_and_t5(said: Sequence[Said]) -> Said:
     """Flux: T5's tokens; the text as a whole is CLIP's."""
     clip, t5 = said
