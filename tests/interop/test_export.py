@@ -222,6 +222,21 @@ def test_every_schedule_and_prediction_is_written_or_refused_by_name() -> None:
         scheduler_config(pipeline)
 
 
+def test_what_came_from_diffusers_goes_back_as_it_came(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    import diffusers_models as tiny
+
+    tiny.sd().save_pretrained(tmp_path / "theirs")
+    pipeline = Pipeline.load(tmp_path / "theirs")
+    assert standard(pipeline) is None
+    folder = save_diffusers(pipeline, tmp_path / "model", license="mit")
+    back = diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    assert type(back).__name__ == "StableDiffusionPipeline"
+    assert 'pipeline("...").images' in (folder / "README.md").read_text()
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (folder / weights).read_bytes() == (tmp_path / "theirs" / weights).read_bytes()
+
+
 def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(UndiffuseError, match="something else"):
@@ -247,7 +262,7 @@ def test_the_command_writes_a_card_a_picture_and_says_how_to_load(
     made().save(tmp_path / "model")
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--license", "mit"]) == 0
     said = capsys.readouterr().out
-    assert "DDPMPipeline.from_pretrained" in said
+    assert "DiffusionPipeline.from_pretrained" in said
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n")
     assert "LinearBetas" in card

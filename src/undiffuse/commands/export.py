@@ -58,10 +58,9 @@ def export(
 def report(result: Exported) -> str:
     """The files, and how to load them."""
     lines = listed(result.files)
-    name = "DiffusionPipeline" if result.reason else "DDPMPipeline"
     if (result.folder / "model_index.json").is_file():
         custom = f', custom_pipeline="{result.folder}"' if result.reason else ""
-        lines += ["", f'{name}.from_pretrained("{result.folder}"{custom})']
+        lines += ["", f'DiffusionPipeline.from_pretrained("{result.folder}"{custom})']
         if result.reason:
             lines += ["", *textwrap.wrap(f"through its pipeline.py: {result.reason}", 80)]
     else:

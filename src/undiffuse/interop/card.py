@@ -100,11 +100,12 @@ def usage(pipeline: Pipeline, diffusers: str | None) -> list[str]:
     place = "FOLDER" if diffusers is None else "FOLDER/undiffuse"
     own = ["```python", "import undiffuse", f'images = undiffuse.Pipeline.load("{place}").sample(4{asked})', "```"]
     if diffusers == "":
+        call = 'pipeline("...")' if pipeline.takes_prompts else "pipeline(4)"
         return [
             "```python",
-            "from diffusers import DDPMPipeline",
-            'pipeline = DDPMPipeline.from_pretrained("FOLDER")',
-            "images = pipeline(4).images",
+            "from diffusers import DiffusionPipeline",
+            'pipeline = DiffusionPipeline.from_pretrained("FOLDER")',
+            f"images = {call}.images",
             "```",
         ]
     if diffusers is None:

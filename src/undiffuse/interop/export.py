@@ -59,6 +59,10 @@ def save_diffusers(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UndiffuseError(f"{folder}: has something else; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
+    if pipeline.home is not None:  # it came from diffusers, and is written as it came
+        pipeline.save(folder)
+        write_bytes_atomic(folder / "README.md", model_card(pipeline, license=license, diffusers="", run=run).encode())
+        return folder
     index: dict[str, Any] = {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION}
     reason = standard(pipeline)
     try:
@@ -83,7 +87,9 @@ def save_diffusers(
 
 
 def standard(pipeline: Pipeline) -> str | None:
-    """Why ``DDPMPipeline`` cannot sample from this model; None if it can."""
+    """Why ``DDPMPipeline`` cannot sample from this model; None if it can, or if the model came from diffusers."""
+    if pipeline.home is not None:
+        return None
     try:
         scheduler_config(pipeline)
         network_of(pipeline)
