@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.commands import main
-from undiffuse.conditions import Attributes, Conditions, Text, Vector
+from undiffuse.conditions import Attributes, Classes, Conditions, Text, Vector
 from undiffuse.data import DataSpec
 from undiffuse.data.spec import units_between
 from undiffuse.denoiser import INPUT_SCALES, LABELS
@@ -415,5 +415,11 @@ def test_conditions_of_the_command_line_are_those_of_python(tmp_path: Path, monk
     cond = {"kind": [[1, None]], "place": [[0.5, -1]], "text": ["a red dot"]}
     wanted = made.sample(2, cond=cond, against={"kind": [[0, 2]]}, guidance_scale=2.0)
     assert np.array_equal(np.load("x.npy"), wanted)
+    parts = {"digit": Classes(4, 16)}
+    _, options = sized(SPEC.shape, "tiny", 16)
+    other = pipeline(replace(SPEC, classes=()), 0, network_config=options, conditions=Conditions(parts).config)
+    other.save("other")
+    assert main(["sample", "other", "-n", "3", "--cond", "digit=3,none", "--out", "y.npy"]) == 0
+    assert np.array_equal(np.load("y.npy"), other.sample(3, cond={"digit": [3, None]}))
     for wrong in ("knd=1", "kind", "kind=a,b", "kind=1,,2"):
         assert main(["sample", "model", "--cond", wrong]) == 2

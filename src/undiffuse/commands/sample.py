@@ -325,9 +325,11 @@ def parse_rows(texts: Sequence[str], pipeline: Pipeline, option: str) -> dict[st
             rows.setdefault(name, []).extend(parse_classes(said, pipeline.spec.classes))
             continue
         try:
-            rows.setdefault(name, []).append([parse_number(part.strip()) for part in said.split(",")])
+            numbers = [parse_number(part.strip()) for part in said.split(",")]
         except ValueError:
             raise UndiffuseError(f"--{option} {each}: numbers with commas between them, or none, are needed") from None
+        single = conditions.part(name).null(1).ndim == 1  # then each number is a row
+        rows.setdefault(name, []).extend(numbers if single else [numbers])
     return rows
 
 

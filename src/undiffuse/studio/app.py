@@ -511,7 +511,7 @@ def askable(pipeline: Pipeline) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name in () if conditions is None else conditions.asked:
         match conditions.part(name):
-            case Classes():
+            case Classes() if name == "classes":
                 found.append({"name": name, "kind": "classes"})
             case Written():
                 found.append({"name": name, "kind": "text"})
@@ -795,7 +795,7 @@ def routes(studio: Studio) -> APIRouter:
                 seed=ask.seed,
                 number=form.number,
                 cond={name: rows for name, rows in form.base.cond.items() if name != text},
-                against=form.base.against,
+                against=form.base.against if ask.sampling.guidance_scale != 1 else None,  # as in the strip
                 **vars(ask.sampling),
             )
             return pack({"words": told.words, "number": form.number}, {"x": told.x, "weights": told.weights})

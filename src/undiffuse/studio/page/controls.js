@@ -214,6 +214,7 @@ export function asking(model, role) {
   for (const condition of model.conditions) {
     const chosen = state.text(keyOf(role, condition));
     if (chosen === "") continue;
+    if (condition.kind === "classes" && chosen !== "none" && !(chosen in model.classes)) continue; // nor does the knob show it
     if (condition.kind === "text") given[condition.name] = [chosen];
     else if (condition.kind === "classes") given[condition.name] = [chosen === "none" ? null : Number(chosen)];
     else given[condition.name] = [chosen.split(",").map((part) => (part === "" ? null : Number(part)))];
