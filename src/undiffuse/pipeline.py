@@ -349,7 +349,9 @@ class Pipeline:
         """Of the picture that it is shown beside the noise, if it is; :func:`.read_shown` reads such pictures."""
         conditions = self.denoiser.conditions
         part = conditions.part("beside") if conditions is not None and "beside" in conditions.names else None
-        return picture_spec(self.spec, part.shape) if isinstance(part, (Picture, Patches)) else None
+        if not isinstance(part, (Picture, Patches)):
+            return None
+        return self.spec.beside or picture_spec(self.spec, part.shape)
 
     @property
     def fills_holes(self) -> bool:

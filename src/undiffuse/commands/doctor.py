@@ -57,6 +57,7 @@ def doctor(
     labels: str | None = None,
     attributes: str | None = None,
     numbers: str | None = None,
+    beside: AnyPath | None = None,
     length: float | None = None,
     frames: int | None = None,
     strict: bool = False,
@@ -87,6 +88,7 @@ def doctor(
         labels: As for train.
         attributes: As for train.
         numbers: As for train.
+        beside: As for train.
         length: As for train.
         frames: As for train.
         strict: As for train.
@@ -129,6 +131,7 @@ def doctor(
             labels=labels,
             attributes=attributes,
             numbers=numbers,
+            beside=beside,
             length=length,
             frames=frames,
             strict=strict,

@@ -46,6 +46,7 @@ def evaluate(
     labels: str | None = None,
     attributes: str | None = None,
     numbers: str | None = None,
+    beside: AnyPath | None = None,
     length: float | None = None,
     frames: int | None = None,
     span: tuple[float, float] | None = None,
@@ -81,6 +82,7 @@ def evaluate(
         labels: As for train.
         attributes: As for train (default: those of the model).
         numbers: As for train (default: those of the model).
+        beside: As for train.
         length: As for train.
         frames: As for train.
         span: Which range of a real-valued array stands for the data's, such as 0 1.
@@ -122,6 +124,7 @@ def evaluate(
         "--labels": labels,
         "--attributes": attributes,
         "--numbers": numbers,
+        "--beside": beside,
         "--length": length,
         "--frames": frames,
         "--out": out,
@@ -144,6 +147,7 @@ def evaluate(
             labels=labels,
             attributes=attributes,
             numbers=numbers,
+            beside=beside,
             length=length,
             frames=frames,
             seed=data_seed,

@@ -29,6 +29,7 @@ undiffuse train ./photos --image-size 64   a folder of images, or folders of
                                            them, one a class
 undiffuse train mnist --data-root ~/data --minutes 30
 undiffuse train shapes --recipe text       captions: text to image
+undiffuse train ./photos --image-size 64 --beside ./sketches
 undiffuse train ./photos --attributes breed,colour --numbers age
 undiffuse train ./photos --until-converged
 undiffuse train ./photos --image-size 128 --recipe autoencoder --out runs/ae
@@ -37,8 +38,8 @@ undiffuse train volumes.npy --set optimiser.lr=0.0005 --set training.keep=5
 """
 
 
-DATA_OPTIONS = ("image_size", "channels", "data_root", "labels", "attributes", "numbers", "length", "frames")
-DATA_OPTIONS += ("strict", "seed")
+DATA_OPTIONS = ("image_size", "channels", "data_root", "labels", "attributes", "numbers", "beside", "length")
+DATA_OPTIONS += ("frames", "strict", "seed")
 """The options of ``train`` and ``doctor`` that are those of ``open_dataset``."""
 
 
@@ -73,6 +74,7 @@ def train(
     labels: str | None = None,
     attributes: str | None = None,
     numbers: str | None = None,
+    beside: AnyPath | None = None,
     length: float | None = None,
     frames: int | None = None,
     channels: int | None = None,
@@ -106,6 +108,7 @@ def train(
         attributes: Categories that are known of items and can be asked for, such as breed,colour: their names in
             metadata.jsonl, a table or an .npz.
         numbers: The same for quantities, such as age,weight.
+        beside: More data of which the model is shown the picture with an item's name: a folder of sketches, say.
         length: Seconds to which sounds are cropped or filled with silence (default: what 95 % of them fit into).
         frames: Makes clips of so many frames: each video, animated picture or folder of pictures is one.
         channels: 1, 3 or 4 for images, 1 for mono; arrays: how many there are, where their shape does not tell.
@@ -145,6 +148,7 @@ def train(
         "--labels": labels,
         "--attributes": attributes,
         "--numbers": numbers,
+        "--beside": beside,
         "--workers": workers,
         "--length": length,
         "--frames": frames,
@@ -182,6 +186,7 @@ def train(
             labels=labels,
             attributes=attributes,
             numbers=numbers,
+            beside=beside,
             length=length,
             frames=frames,
             strict=strict,
@@ -232,6 +237,7 @@ def prepare(
     set: tuple[str, ...],
     attributes: str | None = None,
     numbers: str | None = None,
+    beside: AnyPath | None = None,
     frames: int | None = None,
     codec: AnyPath | None = None,
     device: str = "cpu",
@@ -256,6 +262,7 @@ def prepare(
         labels=labels,
         attributes=attributes,
         numbers=numbers,
+        beside=beside,
         length=length,
         frames=frames,
         strict=strict,

@@ -69,6 +69,10 @@ class Augment:
             raise UndiffuseError(
                 f"augment is for data with two spatial axes, this is {spec.kind} of {list(spec.shape)}"
             )
+        if self.shift and spec.beside is not None and spec.beside.shape[1:] != spec.shape[1:]:
+            raise UndiffuseError(
+                "augment.shift moves by pixels, and the pictures beside are of another size: set it to 0"
+            )
         if self.shift and self.shift >= min(spec.shape[1:]):
             raise UndiffuseError(f"augment.shift={self.shift} must be less than the sides, {list(spec.shape[1:])}")
 

@@ -94,7 +94,13 @@ class Dataset(ABC):
         """:meth:`batch` as these ``epochs`` (one for each item) see the items, with what the network is told of it."""
         x, cond = self.batch(indices)
         x, told = augment(x, seed, epochs, indices)
+        if "beside" in cond:  # the same draws: a picture is moved with its item
+            cond["beside"] = augment(cond["beside"], seed, epochs, indices)[0]
         return x, cond if told is None else {**cond, "augmentation": told}
+
+    def lost(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Which of these could not be read, so that other items took their places: bool ``[B]``."""
+        return np.zeros(len(indices), bool)
 
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[str] | None:
         """The captions of these items, or None."""
@@ -127,6 +133,8 @@ class Dataset(ABC):
         span = f" [{spec.low:g}, {spec.high:g}]" if spec.bounded else ""
         classes = f", {len(spec.classes)} classes" if spec.classes else ""
         known = [f"{name} ({len(values)})" for name, values in spec.attributes] + [name for name, *_ in spec.numbers]
+        if spec.beside is not None:
+            known += ["pictures " + "x".join(map(str, (*spec.beside.shape[1:], spec.beside.shape[0])))]
         told = f", with {', '.join(known)}" if known else ""
         skipped = f", {len(self.skipped)} files skipped" if self.skipped else ""
         return f"{count:,} {noun} {size} {spec.dtype}{span}{classes}{told}{skipped}"
@@ -276,6 +284,9 @@ class Subset(Dataset):
 
     def told(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         return self._whole.told(self._indices[positions(indices, len(self))])
+
+    def lost(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        return self._whole.lost(self._indices[positions(indices, len(self))])
 
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[str] | None:
         return self._whole.captions(self._indices[positions(indices, len(self))])

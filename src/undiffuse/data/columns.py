@@ -233,6 +233,8 @@ def translated(values: Mapping[str, np.ndarray], data: DataSpec, model: DataSpec
                 places = np.array([known.index(v) if v in known else len(known) for v in (*have, None)])
                 column[:, k] = places[given[:, names.index(name)]]
         found["attributes"] = column
+    if model.beside is not None and model.beside == data.beside:
+        found["beside"] = values["beside"]
     numbers, given = [name for name, *_ in data.numbers], values.get("numbers")
     if model.numbers and given is not None and {name for name, *_ in model.numbers} <= set(numbers):
         rows = []

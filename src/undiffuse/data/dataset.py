@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from ..errors import UndiffuseError, UndiffuseWarning
 from . import named
@@ -18,6 +19,7 @@ from .columns import check_names, names_in
 from .folder import Files, Images, Reader
 from .huggingface import PREFIX, Rows, is_saved
 from .images import MIN_SIDE, Channels, Size
+from .pairs import paired
 from .shapes import Shapes, shapes
 from .sounds import Sounds
 from .store import Folder, Store, Tar, Zip, printable
@@ -48,6 +50,7 @@ def open_dataset(
     labels: str | None = None,
     attributes: str | Sequence[str] | None = None,
     numbers: str | Sequence[str] | None = None,
+    beside: str | os.PathLike[str] | None = None,
     length: float | None = None,
     frames: int | None = None,
     strict: bool = False,
@@ -64,12 +67,18 @@ def open_dataset(
         before the first _ or - of the file's name), "none", or an attribute in ``metadata.jsonl``
     ``attributes``, ``numbers``   names of what else is known of items (in ``metadata.jsonl``, as a column of a table or
         an array of an ``.npz``), with commas or as a list: categories, and quantities (:mod:`.columns`)
+    ``beside``   more data, a picture of which belongs to each item (:mod:`.pairs`)
     ``length``   seconds, of sounds
     ``frames``   makes clips of so many frames: each video, animated picture or folder of pictures is one
     ``strict``   refuse a folder at its first bad file instead of skipping it
     ``seed``   of the sets that are drawn (``moons``, ``swissroll``, ``checkerboard``), 0 to 2^32 - 1
     """
     data = os.fspath(data)
+    if beside is not None:
+        common: dict[str, Any] = {"image_size": image_size, "data_root": data_root, "strict": strict, "seed": seed}
+        more: dict[str, Any] = {"channels": channels, "labels": labels, "length": length, "frames": frames}
+        items = open_dataset(data, **common, **more, attributes=attributes, numbers=numbers)
+        return paired(items, open_dataset(beside, **common, labels=None if beside in DATASETS else "none"))
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise UndiffuseError(f"seed must be a whole number from 0 to 2^32 - 1, got {seed!r}")
     size = _size(image_size)

@@ -244,6 +244,9 @@ class Files(Dataset):
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[str] | None:
         return super().captions(self._really(indices))
 
+    def lost(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        return self._really(indices) != positions(indices, len(self))
+
     def _really(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The items that :meth:`read` has given for these."""
         return np.array([self._moved.get(int(i), int(i)) for i in positions(indices, len(self))], np.int64)

@@ -75,6 +75,10 @@ class Latents(Dataset):
         cache: str | os.PathLike[str] | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
+        if original.spec.beside is not None:
+            raise UndiffuseError(
+                f"{original.name}: pairs are learned as they are, not as latents: train without a codec"
+            )
         check_same_data(codec, original.spec, "the codec")
         augment.check(original.spec)
         for name in ("shift", "geometric"):

@@ -26,8 +26,8 @@ from .store import BadFile
 def picture_spec(spec: DataSpec, shape: Sequence[int]) -> DataSpec:
     """The spec of pictures of this ``shape``, made of data of ``spec``: in the same units."""
     layout = spec.layout.replace("C", "") if shape[0] == 1 != spec.channels else spec.layout
-    kept = {"layout": layout, "shape": tuple(shape), "classes": (), "vocabulary": (), "attributes": (), "numbers": ()}
-    return replace(spec, **kept)  # type: ignore[arg-type]
+    plain = replace(spec, classes=(), vocabulary=(), attributes=(), numbers=(), beside=None)
+    return replace(plain, layout=layout, shape=tuple(shape))
 
 
 def read_shown(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from math import isfinite
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class DataSpec:
     ``vocabulary``   the pieces that captions are made of (:func:`undiffuse.tokens.learn`), where the data have captions
     ``attributes``   of items, each a name and the names of its values (:mod:`.columns`)
     ``numbers``   that are known of items, each a name, a mean and a deviation
+    ``beside``   of the pictures that items come in pairs with (:mod:`.pairs`)
     """
 
     kind: str
@@ -63,6 +64,7 @@ class DataSpec:
     vocabulary: tuple[str, ...] = field(default=(), repr=False)  # the captions are in the fingerprint themselves
     attributes: tuple[tuple[str, tuple[str, ...]], ...] = field(default=(), repr=False)
     numbers: tuple[tuple[str, float, float], ...] = field(default=(), repr=False)
+    beside: DataSpec | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -224,7 +226,8 @@ class DataSpec:
     def to_json(self) -> dict[str, object]:
         """Plain values for JSON, without later fields that are not used; :meth:`from_json` is the inverse."""
         later = {each.name for each in fields(self) if not each.repr}
-        return {name: _lists(value) for name, value in asdict(self).items() if name not in later or value}
+        said = {name: _lists(value) for name, value in asdict(self).items() if name not in later or value}
+        return said if self.beside is None else {**said, "beside": self.beside.to_json()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> DataSpec:
@@ -264,6 +267,7 @@ class DataSpec:
             vocabulary=several("vocabulary", _text),
             attributes=several("attributes", _attribute),
             numbers=several("numbers", _measure),
+            beside=optional("beside", _spec),
         )
 
     def _column(self, constants: tuple[float, ...], dtype: type) -> np.ndarray:
@@ -314,6 +318,10 @@ def _real(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UndiffuseError(f"data spec: {key} must hold numbers, got {value!r}")
     return float(value)
+
+
+def _spec(key: str, value: object) -> DataSpec:
+    return DataSpec.from_json(cast(Mapping[str, object], value))
 
 
 def _lists(value: object) -> object:

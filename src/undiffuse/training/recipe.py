@@ -101,9 +101,8 @@ class Model:
             conditions["attributes"] = {"kind": "attributes", "sizes": sizes}
         if self.conditional and spec.numbers:
             conditions["numbers"] = {"kind": "vector", "size": len(spec.numbers)}
-        if self.conditional and self.beside is not None:
-            check(spec.kind == "points", "model.beside is for data with places; these are points")
-            conditions["beside"] = self._beside(spec, self.beside)
+        if self.conditional and (self.beside is not None or spec.beside is not None):
+            conditions["beside"] = self._beside(spec)
         if told:
             conditions["augmentation"] = {"kind": "augmentation", "size": told}
         kinds = [each["kind"] for each in conditions.values()]
@@ -126,9 +125,15 @@ class Model:
             learned_variance=self.learned_variance,
         )
 
-    def _beside(self, spec: DataSpec, beside: Beside) -> dict[str, Any]:
-        """The condition that shows a picture made of each item."""
-        picture = {"shape": list(beside.shape(spec.shape)), "made": stated(beside)}
+    def _beside(self, spec: DataSpec) -> dict[str, Any]:
+        """The condition that shows a picture made of each item, or the one that it comes with."""
+        check(spec.kind == "points", "model.beside is for data with places; these are points")
+        if spec.beside is not None:
+            check(self.beside is not None, "the data come with pictures beside: leave out model.beside")
+            picture: dict[str, Any] = {"shape": list(spec.beside.shape)}
+        else:
+            assert self.beside is not None
+            picture = {"shape": list(self.beside.shape(spec.shape)), "made": stated(self.beside)}
         if self.beside_as == "channels":
             return {"kind": "picture", "size": list(spec.shape[1:]), **picture}
         return {"kind": "patches", "patch": self.beside_patch, "token_width": self.token_width, **picture}

@@ -145,7 +145,7 @@ class Diffusion(Task):
     def __init__(self, dataset: Dataset, recipe: Recipe) -> None:
         super().__init__(dataset, recipe)
         self.config = recipe.config(dataset.spec)
-        if recipe.model.beside is not None and dataset.codec is not None:
+        if "beside" in self.config.conditions and dataset.codec is not None:
             raise UndiffuseError(NO_LATENTS)
 
     def build(self) -> nn.Module:
