@@ -1014,7 +1014,7 @@ def is_foreign(path: str | Path) -> bool:
         return (folder / "model_index.json").exists()
     if folder.is_file():
         return folder.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-    here = (Path("runs") / folder).exists()
+    here = (Path("runs") / folder).exists() or folder.parent.exists() or folder.parent == Path("runs")
     return not here and HUB_NAME.fullmatch(str(path)) is not None
 
 

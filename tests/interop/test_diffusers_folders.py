@@ -521,6 +521,18 @@ def test_a_variant_is_named(folder: Path) -> None:
         Pipeline.load(folder)
 
 
+def test_what_is_meant_as_ours_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from undiffuse.weights import write_weights
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/demoo", "demoo"):
+        with pytest.raises(UndiffuseError, match="no such model; `undiffuse ls` lists the runs"):
+            Pipeline.load(name)
+    write_weights("model.safetensors", {"a": torch.zeros(1)}, {"undiffuse": "{}"})
+    with pytest.raises(UndiffuseError, match="a file of a model; name its folder"):
+        Pipeline.load("model.safetensors")
+
+
 def test_options_are_for_their_formats(tmp_path: Path) -> None:
     with pytest.raises(UndiffuseError, match="are for diffusers' folders"):
         Pipeline.load(tmp_path, dtype=torch.float16)

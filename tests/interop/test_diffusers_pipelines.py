@@ -246,6 +246,12 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "sd3": (tiny.sd3, {**SIZED, "sigmas": ONCE}),
     "sd3_without_t5": (lambda: tiny.sd3(reads_t5=False), {**SIZED, "sigmas": ONCE}),
     "pixart_alpha": (tiny.pixart, {"use_resolution_binning": False}),
+    "pixart_told_its_size": (
+        lambda: tiny.pixart(
+            sample_size=128, use_additional_conditions=True, attention_head_dim=12, cross_attention_dim=24
+        ),
+        {"use_resolution_binning": False, **SIZED},
+    ),
     "pixart_sigma": (lambda: tiny.pixart("PixArtSigmaPipeline"), {"use_resolution_binning": False}),
 }
 
@@ -260,7 +266,7 @@ def with_option(theirs: Any, **options: Any) -> Any:
 def test_texts_to_latents(tmp_path: Path, name: str, scale: float) -> None:
     make, more = FAMILIES[name]
     theirs = make()
-    ours = both(theirs, tmp_path)
+    ours = small(both(theirs, tmp_path))
     asked = {"prompt": PROMPTS, "num_inference_steps": 3, "guidance_scale": scale, "latents": noise(ours), **more}
     settings = ours.settings(steps=3, guidance_scale=scale)
     latents = walked(ours, prompts=PROMPTS, sampling=settings)
@@ -599,6 +605,17 @@ def test_SV4_many_requests_at_once_are_those_alone(tmp_path: Path, name: str) ->
         engine.close()
     for a, b in zip(together, alone, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_half_precision_is_that_of_the_weights_alone(tmp_path: Path, name: str) -> None:
+    EVERY[name]().save_pretrained(tmp_path)
+    whole, half = small(Pipeline.load(tmp_path)), small(Pipeline.load(tmp_path, dtype=torch.bfloat16))
+    prompts = PROMPTS if whole.takes_prompts else None
+    a, b = (walked(each, prompts=prompts, sampling=each.settings(steps=2)) for each in (whole, half))
+    assert b.dtype == torch.float32
+    assert 0 < float((a - b).abs().mean()) < 0.1 * float(a.abs().mean())
+    assert np.isfinite(half.sample(1, prompts=prompts, steps=2)).all()
 
 
 def finite(ours: Pipeline, solver: str, steps: int) -> None:

@@ -71,7 +71,8 @@ def single_file(
 
     if path.suffix.lower() in PICKLES:
         raise UndiffuseError(f"{path}: a pickle, which can run code, and is not opened; fetch it as .safetensors")
-    read_header(path)
+    if "undiffuse" in read_header(path).metadata:
+        raise UndiffuseError(f"{path}: a file of a model; name its folder, {path.parent}")
     if config is None:
         raise UndiffuseError(
             f"{path}: a checkpoint in one file does not say what its network predicts (trap X3): pass config=FOLDER, a "
