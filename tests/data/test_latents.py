@@ -121,3 +121,27 @@ def test_a_copy_that_is_missing_and_what_cannot_be_done_to_latents_are_refused(t
     for wrong in (Augment(shift=1), Augment(geometric=0.1)):
         with pytest.raises(UndiffuseError, match="cannot be done to latents"):
             Latents(pixels, codec(pixels), wrong, cache=tmp_path)
+
+
+def test_what_is_known_of_the_items_is_known_of_their_latents(tmp_path: Path) -> None:
+    values = data().values(range(30))
+    weights = np.arange(30, dtype=np.float64)
+    known = from_array(values, np.arange(30) % 3, attributes={"kind": list("ab" * 15)}, numbers={"weight": weights})
+    found = Latents(known, codec(known), Augment(flip=0.5), cache=tmp_path)
+    assert (found.spec.attributes, found.spec.numbers) == (known.spec.attributes, known.spec.numbers)
+    where = np.array([4, 0, 29])
+    for given in (found.batch(where)[1], found.augmented(Augment(flip=0.5), 0, np.zeros(3, int), where)[1]):
+        wanted = known.batch(where)[1]
+        assert given.keys() == wanted.keys() == {"classes", "attributes", "numbers"}
+        assert all(torch.equal(given[name], wanted[name]) for name in wanted)
+
+
+def test_an_item_that_cannot_be_read_any_more_is_not_replaced_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = data()
+    c = codec(pixels)
+    monkeypatch.setattr(type(pixels), "lost", lambda self, indices: np.asarray(indices) == 9)
+    with pytest.raises(UndiffuseError, match="item 9: cannot be read any more"):
+        Latents(pixels, c, cache=tmp_path)
+    assert len(files(tmp_path)) == 1  # what came before is kept

@@ -179,7 +179,10 @@ def _read(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 def _encode(data: Dataset, codec: Codec, mirrored: bool, items: range) -> np.ndarray:
     parts = []
     for begin in range(items.start, items.stop, TOGETHER):
-        x, _ = data.batch(np.arange(begin, min(begin + TOGETHER, items.stop)))
+        where = np.arange(begin, min(begin + TOGETHER, items.stop))
+        x, _ = data.batch(where)
+        if (lost := data.lost(where)).any():  # another item took its place, which has another label and caption
+            raise UndiffuseError(f"{data.called(int(where[lost][0]))}: cannot be read any more; start again without it")
         z = codec.encode(x.flip(-1) if mirrored else x).cpu()
         if not bool(z.isfinite().all()):
             raise UndiffuseError(f"{data.name}: the codec's latents of items {begin} and on are not finite")
