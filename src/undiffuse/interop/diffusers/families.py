@@ -19,7 +19,7 @@ from ...conditions import Condition
 from ...errors import UndiffuseError, unknown
 from ...grids import Grid, Uniform
 from .codecs import CODECS, Autoencoder
-from .folder import Folder, load_part
+from .folder import Folder, line_of, load_part
 from .networks import NETWORKS, Adapter, Layout
 from .texts import (
     Arrange,
@@ -121,8 +121,7 @@ class Parts:
             source = str(self.folder.inside(words))
             tokenizer = getattr(transformers, kind).from_pretrained(source, local_files_only=True)
         except Exception as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise UndiffuseError(f"{self.folder.path / words}: cannot be read ({said})") from None
+            raise UndiffuseError(f"{self.folder.path / words}: cannot be read ({line_of(error)})") from None
         self.tokenizers[words] = tokenizer
         room = int(getattr(model.config, "max_position_embeddings", 0) or 512)  # type: ignore[union-attr]
         places = min(int(tokenizer.model_max_length), room) if places is None else places

@@ -206,7 +206,7 @@ def load_part(
     except UndiffuseError:
         raise
     except Exception as error:  # whatever a library makes of a config that it does not understand
-        raise UndiffuseError(f"{where}: its config.json does not build a network ({_line(error)})") from None
+        raise UndiffuseError(f"{where}: its config.json does not build a network ({line_of(error)})") from None
     held = sum(header.parameters for header in headers)
     wanted = sum(parameter.numel() for parameter in planned.parameters())
     tables = sum(buffer.numel() for buffer in planned.buffers())  # of positions; not all of them are in the file
@@ -224,7 +224,7 @@ def load_part(
         with torch.random.fork_rng(devices=[]):
             module, info = read(str(folder.inside(part)), **options)
     except Exception as error:
-        raise UndiffuseError(f"{where}: the weights do not fit the network ({_line(error)})") from None
+        raise UndiffuseError(f"{where}: the weights do not fit the network ({line_of(error)})") from None
     for kind in ("missing_keys", "mismatched_keys"):
         if wrong := sorted(map(str, info.get(kind) or ())):
             raise UndiffuseError(f"{where}: the weights do not fit: {kind.replace('_', ' ')} {', '.join(wrong[:3])}")
@@ -239,7 +239,8 @@ def load_part(
     return module.eval().requires_grad_(False)
 
 
-def _line(error: Exception) -> str:
+def line_of(error: Exception) -> str:
+    """What a library said, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 

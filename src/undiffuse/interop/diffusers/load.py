@@ -23,7 +23,7 @@ from ...pipeline import FORMAT, REGISTRIES, ModelConfig, Pipeline, Sampling, Tun
 from ...weights import read_header
 from .codecs import CODECS
 from .families import ENCODERS, FAMILIES, LEFT_OUT, OLD_NAMES, TOKENIZERS, Made, Parts, Size
-from .folder import PICKLES, Folder, describe_parts
+from .folder import PICKLES, Folder, describe_parts, line_of
 from .networks import NETWORKS, Seats
 from .schedulers import DEFAULTS, Meaning, read_scheduler
 
@@ -96,7 +96,7 @@ def single_file(
                 )
                 read.save_pretrained(place, safe_serialization=True)
         except Exception as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            said = line_of(error)
             raise UndiffuseError(f"{path}: cannot be read as the {folder.family} of {config} ({said})") from None
         return assemble(Folder(Path(place)), device, dtype, offload)
 
@@ -131,7 +131,7 @@ def hub_folder(name: str, variant: str | None, download: bool) -> tuple[Path, Pa
     except UndiffuseError:
         raise
     except Exception as error:  # of the client, or of what it connects with
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        said = line_of(error)
         if download:
             raise UndiffuseError(f"{name}: cannot be fetched ({said})") from None
         raise UndiffuseError(
@@ -164,7 +164,13 @@ def assemble(folder: Folder, device: torch.device, dtype: torch.dtype, offload: 
         raise UndiffuseError("offload keeps in main memory what the device does not need now: name a device, say cuda")
     family = choose(f"kind of pipeline in {folder.path / 'model_index.json'}", folder.family, FAMILIES)
     parts = Parts(folder, dtype)
-    made = family(parts)
+    try:
+        made = family(parts)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, UndiffuseError):
+            raise
+        said = line_of(error)
+        raise UndiffuseError(f"{folder.path}: its configs do not describe a {folder.family} ({said})") from None
     known = {*parts.modules, *parts.tokenizers, "scheduler", *LEFT_OUT}
     if strange := {name: value for name, value in folder.parts.items() if name not in known}:
         raise UndiffuseError(f"{folder.path}: a {folder.family} has no {describe_parts(strange)}; remove it")
