@@ -22,6 +22,7 @@ from undiffuse.config import from_json, to_json
 from undiffuse.data import Dataset, from_array, open_dataset
 from undiffuse.data.latents import Latents
 from undiffuse.data.shown import picture_spec, read_shown, write_shown
+from undiffuse.distributed import Team
 from undiffuse.errors import UndiffuseError, UndiffuseWarning
 from undiffuse.evaluation.evaluate import evaluate_samples
 from undiffuse.evaluation.samples import Judgeable, ask
@@ -278,6 +279,8 @@ def test_trap_R1_training_with_holes_resumes_to_the_last_bit(tmp_path: Path, sho
     first, second = (straight.read(step)[1]["beside"] for step in (0, 1))
     assert torch.equal(first.nan_to_num(9), whole().read(0)[1]["beside"].nan_to_num(9))
     assert not torch.equal(first.isnan(), second.isnan())
+    shares = torch.cat([straight.read(0, Team(rank, 2))[1]["beside"] for rank in (0, 1)])
+    assert torch.equal(first.nan_to_num(9), shares.nan_to_num(9))  # whatever number of processes
     assert len({tuple(each.flatten().tolist()) for each in first.isnan()}) > 16
     part = divide(data, recipe.training)[1]
     assert part is not None

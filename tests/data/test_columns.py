@@ -15,8 +15,11 @@ from PIL import Image
 from undiffuse.commands.sample import parse_rows
 from undiffuse.data import DataSpec, Subset, from_array, open_dataset
 from undiffuse.data.columns import asked, in_words, names_in, read_row, translated
+from undiffuse.data.folder import Files, Images
+from undiffuse.data.store import Folder
 from undiffuse.errors import UndiffuseError, UndiffuseWarning
 from undiffuse.training import Trainer, make_recipe
+from undiffuse.training.trainer import ignored_inputs
 
 BREEDS, COLOURS = ("manx", "tabby"), ("blue", "red")
 
@@ -57,6 +60,18 @@ def test_attributes_and_numbers_of_a_folder(cats: Path) -> None:
     part, _ = Subset(data, [39, 0]), data.split(0.2, 0)
     assert part.columns["attributes"].tolist() == [[1, 1], [0, 0]]
     assert torch.equal(part.batch([1])[1]["numbers"], data.batch([0])[1]["numbers"])
+
+
+@pytest.mark.filterwarnings("ignore::undiffuse.errors.UndiffuseWarning")
+def test_who_takes_the_place_of_a_broken_file_brings_its_own(cats: Path) -> None:
+    data = Files(Folder(cats), Images(), attributes=["breed"], numbers=["age"], memory=0)
+    before = data.batch([20])
+    (cats / "19.png").write_bytes(b"x")
+    x, cond = data.batch([19])
+    assert torch.equal(x, before[0])
+    assert torch.equal(cond["numbers"], before[1]["numbers"])
+    assert torch.equal(cond["attributes"], before[1]["attributes"])
+    assert data.lost([19, 20]).tolist() == Subset(data, [19, 20]).lost([0, 1]).tolist() == [True, False]
 
 
 @pytest.mark.filterwarnings("ignore::undiffuse.errors.UndiffuseWarning")
@@ -193,6 +208,8 @@ def test_a_model_of_them_uses_each(cats: Path) -> None:
         whole, resumed = trained(None), trained(5)
     for name, weight in whole.denoiser.state_dict().items():
         assert torch.equal(weight, resumed.denoiser.state_dict()[name]), name
+    given = {"numbers": torch.tensor([[torch.nan], [1.0]]), "attributes": torch.tensor([[2, 2], [0, 1]])}
+    assert ignored_inputs(whole.denoiser, data.batch([0, 1])[0], given) == []  # the first item says nothing
     pipeline = whole.pipeline()
     rows = parse_rows(["breed=manx,tabby,none", "age=5"], pipeline, "cond")
     assert rows == {"breed": ["manx", "tabby", None], "age": ["5"]}

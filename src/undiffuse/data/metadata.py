@@ -44,6 +44,8 @@ class Metadata:
         for name, value in values.items():
             if name in CAPTIONS and isinstance(value, str):
                 self.texts[path] = value.strip()
+            elif value != value:  # NaN, which says nothing
+                continue
             elif isinstance(value, (str, int, float, bool)) and name not in (*CAPTIONS, "file_name"):
                 self.attributes.setdefault(path, {})[name] = str(value)
 
