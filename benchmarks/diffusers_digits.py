@@ -16,6 +16,7 @@ import os
 import tempfile
 import time
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from undiffuse import DATASETS, Pipeline, extract, frechet, make_features, reference_features
 from undiffuse.data.base import ArrayDataset
 
-OURS = {
+OURS: dict[str, dict[str, Any]] = {
     "the folder's own": {},
     "default": {"solver": "dpmpp_2m", "grid": "uniform"},
     "dpmpp_2m_sde": {"solver": "dpmpp_2m_sde", "grid": "uniform"},
@@ -37,10 +38,9 @@ OURS = {
 
 def train(x0: Tensor, updates: int, folder: Path) -> None:
     """Diffusers' tutorial on unconditional training, on a processor."""
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-
+    theirs: Any = import_module("diffusers")
     torch.manual_seed(0)
-    network = UNet2DModel(
+    network = theirs.UNet2DModel(
         sample_size=8,
         in_channels=1,
         out_channels=1,
@@ -51,28 +51,27 @@ def train(x0: Tensor, updates: int, folder: Path) -> None:
         attention_head_dim=32,
         norm_num_groups=8,
     )
-    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    scheduler = theirs.DDPMScheduler(num_train_timesteps=1000)
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-3)
     for update in range(updates):
         for group in optimiser.param_groups:
             group["lr"] = 1e-3 * min(1.0, update / 50) * (1 - update / updates)
         x = x0[torch.randint(len(x0), (128,))]
         eps, t = torch.randn_like(x), torch.randint(1000, (len(x),))
-        loss = F.mse_loss(network(scheduler.add_noise(x, eps, t), t).sample, eps)  # type: ignore[arg-type]
+        loss = F.mse_loss(network(scheduler.add_noise(x, eps, t), t).sample, eps)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    DDPMPipeline(unet=network, scheduler=scheduler).save_pretrained(folder)
+    theirs.DDPMPipeline(unet=network, scheduler=scheduler).save_pretrained(folder)
 
 
 def theirs(folder: Path, kind: str, calls: int, count: int) -> Tensor:
     """Samples of a pipeline of diffusers, [-1, 1]."""
-    import diffusers
-
+    library: Any = import_module("diffusers")
     torch.manual_seed(1)
-    pipeline = getattr(diffusers, kind if kind.endswith("Pipeline") else "DDPMPipeline").from_pretrained(folder)
+    pipeline = getattr(library, kind if kind.endswith("Pipeline") else "DDPMPipeline").from_pretrained(folder)
     if kind.endswith("Scheduler"):
-        pipeline.scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config)
+        pipeline.scheduler = getattr(library, kind).from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(batch_size=count, num_inference_steps=calls, output_type="np").images
     return torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2) * 2 - 1
@@ -85,7 +84,7 @@ def measure(updates: int, calls: int, count: int, cache: Path | None) -> dict[st
 
     def distance(x: Tensor) -> float:
         samples = ArrayDataset(data.spec, data.spec.to_data(x.clamp(-1, 1)), None, name="samples", content="samples")
-        return frechet(extract(features, samples).features, real)
+        return frechet(extract(features, samples).features, real).value
 
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -101,8 +100,16 @@ def measure(updates: int, calls: int, count: int, cache: Path | None) -> dict[st
             assert pipeline.calls(sampling) == calls, name
             found[f"undiffuse {name}"] = distance(pipeline.draw(count, seed=1, sampling=sampling, batch_size=256))
     half = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
-    found["real against real"] = frechet(real[half[: len(half) // 2]], real[half[len(half) // 2 :]])
+    found["real against real"] = frechet(real[half[: len(half) // 2]], real[half[len(half) // 2 :]]).value
     return found
+
+
+def quiet() -> None:
+    """Diffusers without its notices and bars."""
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def main() -> None:
@@ -114,6 +121,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="where features are kept")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    quiet()
     found = measure(args.updates, args.calls, args.samples, args.cache)
     print(
         f"{args.updates} updates of 128, {args.samples} samples of {args.calls} calls, load {os.getloadavg()[0]:.1f}\n"

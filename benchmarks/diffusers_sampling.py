@@ -22,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,7 @@ WIDTHS = (32, 64, 128, 128)
 
 def save_model(folder: Path) -> None:
     """A pipeline of the shape of Stable Diffusion 1.5, pictures of 256 x 256."""
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
-
+    library: Any = import_module("diffusers")
     unet = tiny.unet(
         sample_size=32,
         block_out_channels=WIDTHS,
@@ -54,7 +54,7 @@ def save_model(folder: Path) -> None:
         norm_num_groups=16,
     )
     vae = tiny.seeded(
-        AutoencoderKL,
+        library.AutoencoderKL,
         block_out_channels=(16, 32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -63,7 +63,7 @@ def save_model(folder: Path) -> None:
         norm_num_groups=16,
         sample_size=256,
     )
-    pipeline = StableDiffusionPipeline(
+    pipeline = library.StableDiffusionPipeline(
         vae=vae,
         text_encoder=tiny.clip(width=64),
         tokenizer=tiny.clip_tokenizer(),
@@ -78,9 +78,8 @@ def save_model(folder: Path) -> None:
 
 def theirs(folder: Path, steps: int, count: int) -> Callable[[], Any]:
     """Diffusers' pipeline: ``count`` pictures a call."""
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    library: Any = import_module("diffusers")
+    pipeline = library.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
 
     def once() -> Any:

@@ -258,7 +258,8 @@ def sd3(reads_t5: bool = True, **options: Any) -> Any:
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
-    return diffusers.StableDiffusion3Pipeline(
+    pipeline: Any = diffusers.StableDiffusion3Pipeline
+    return pipeline(
         transformer=transformer,
         vae=vae(shift_factor=0.06, scaling_factor=1.5),
         text_encoder=clip(projected=True, width=8),

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
 
-class UndiffusePipeline(DiffusionPipeline):
+class UndiffusePipeline(DiffusionPipeline):  # type: ignore[misc]
     """Samples from the model in ``undiffuse/`` of its folder."""
 
     def __init__(self):
