@@ -72,6 +72,7 @@ class Recipe:
     rank: Literal[1, 2, 3] = 2
     folder: Path | None = None
     extra: dict[str, int | str | list[int]] = field(default_factory=dict)
+    between: tuple[float, float] | None = None
     optimiser: Optimiser = Optimiser()
     shape: Shape = Circle()
     other: Shape | None = None
@@ -231,6 +232,8 @@ def test_any_json_is_a_recipe_or_one_error(data: dict[str, Any]) -> None:
         ("optimiser.lr=-0.0", None),
         ("optimiser.lr=3e-4", Recipe(8, optimiser=Optimiser(lr=3e-4))),
         ("optimiser.betas=0.5,0.6", Recipe(8, optimiser=Optimiser(betas=(0.5, 0.6)))),
+        ("between=0.25,2", Recipe(8, between=(0.25, 2.0))),
+        ("between=none", Recipe(8)),
         ("optimiser.kind=sgd", Recipe(8, optimiser=Optimiser(kind="sgd"))),
         ("shape=big_circle", Recipe(8, shape=Circle(9.0))),
         ("other=circle", Recipe(8, other=Circle())),

@@ -281,7 +281,9 @@ def _json_leaf(hint: Any, data: Any, place: _Place) -> Any:
     raise place.error(f"must be {_describe(hint)}, not {_shown(data)}")
 
 
-def _text_leaf(hint: Any, text: str, place: _Place) -> Any:
+def _text_leaf(hint: Any, text: Any, place: _Place) -> Any:
+    if isinstance(text, list):  # of an optional list, none is tried first
+        raise place.error(f"must be {_describe(hint)}, not {_shown(text)}")
     text = text.strip()
     words = {"true": True, "false": False} if hint is bool else {"none": None} if hint is type(None) else {}
     if text.lower() in words:
