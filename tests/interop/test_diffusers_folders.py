@@ -123,6 +123,57 @@ def test_what_changes_nothing_is_left_out_and_said(folder: Path) -> None:
     assert Pipeline.load(folder).info["left out"] == ["safety_checker"]
 
 
+def test_a_vocabulary_that_needs_a_package_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.pixart().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer/tokenizer.json").rename(tmp_path / "tokenizer/spiece.model")
+    monkeypatch.setattr("undiffuse.interop.diffusers.families.find_spec", lambda name: None)
+    with pytest.raises(UndiffuseError, match="pip install sentencepiece"):
+        Pipeline.load(tmp_path)
+
+
+def test_a_vocabulary_of_sentencepiece_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("sentencepiece", reason="T5's own vocabularies are its files")
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    tiny.pixart().save_pretrained(tmp_path)
+    whole = Pipeline.load(tmp_path)
+    model = proto.ModelProto()  # type: ignore[attr-defined]
+    for word in sorted(tiny.t5_tokenizer().get_vocab(), key=tiny.t5_tokenizer().get_vocab().get):
+        model.pieces.add(piece=word, score=-3.0, type={"<pad>": 3, "</s>": 3, "<unk>": 2}.get(word, 1))
+    for name, value in {"model_type": 1, "unk_id": 2, "pad_id": 0, "eos_id": 1, "bos_id": -1}.items():
+        setattr(model.trainer_spec, name, value)
+    model.normalizer_spec.add_dummy_prefix = True
+    (tmp_path / "tokenizer/tokenizer.json").unlink()
+    (tmp_path / "tokenizer/spiece.model").write_bytes(model.SerializeToString())
+    edit(tmp_path / "tokenizer/tokenizer_config.json", extra_ids=0)
+    ours = Pipeline.load(tmp_path)
+    asked = [each.denoiser.conditions.part("prompt").read(["a red circle on the sea"]) for each in (whole, ours)]
+    assert torch.equal(*asked)
+
+
+ALSO: dict[str, Callable[[], Any]] = {
+    "LatentConsistencyModelImg2ImgPipeline": tiny.lcm,
+    "StableDiffusionXLInpaintPipeline": lambda: tiny.sdxl(in_channels=9),
+    "StableDiffusion3Img2ImgPipeline": tiny.sd3,
+    "FluxImg2ImgPipeline": tiny.flux,
+}
+
+
+@pytest.mark.parametrize("kind", ALSO)
+def test_pipelines_of_the_same_parts_are_read(tmp_path: Path, kind: str) -> None:
+    ALSO[kind]().save_pretrained(tmp_path)
+    edit(tmp_path / "model_index.json", _class_name=kind)
+    ours = Pipeline.load(tmp_path).resized(32, 32)
+    keep = np.zeros((1, 32, 32), dtype=bool)
+    keep[:, :16] = True
+    picture = np.full((1, 32, 32, 3), 90, dtype=np.uint8)
+    made = ours.sample(2, prompts=["a cat"], image=picture, keep=keep, steps=2)
+    assert (made[:, :16] == 90).all()
+    assert made[:, 16:].std() > 1
+    changed = ours.sample(2, prompts=["a cat"], image=picture, strength=0.5, steps=4)
+    assert np.abs(changed.astype(int) - 90).max() > 1
+
+
 # --- As the first ones were written -----------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, final
 
 import torch
@@ -117,6 +118,11 @@ class Parts:
         for path in self.folder.files(words):
             if path.suffix == ".json":
                 read_any(self.folder, words, path.name)
+        there = {path.name for path in self.folder.files(words)}
+        if "spiece.model" in there and "tokenizer.json" not in there and find_spec("sentencepiece") is None:
+            raise UndiffuseError(
+                f"{self.folder.path / words}: its spiece.model needs a package: pip install sentencepiece"
+            )
         try:
             source = str(self.folder.inside(words))
             tokenizer = getattr(transformers, kind).from_pretrained(source, local_files_only=True)
