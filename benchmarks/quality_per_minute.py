@@ -207,15 +207,17 @@ def sample_reference(network: Any, data: Dataset, count: int, calls: int) -> np.
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def show(name: str, used: dict[str, float], found: dict[int, dict[str, float]], floor: float) -> None:
+def heading(name: str, used: dict[str, float]) -> None:
     print(
         f"\n{name}: {used['images']:,} images in {used['cpu_seconds']:.0f} CPU-seconds "
         f"({used['images_per_cpu_second']:.0f} a CPU-second, {used['wall_seconds']:.0f} s of wall time)"
     )
-    print(f"{'calls':>8}{'distance':>11}{'95 % interval':>20}{'of the floor':>14}")
-    for calls, figure in found.items():
-        interval = f"[{figure['low']:.4f}, {figure['high']:.4f}]"
-        print(f"{calls:8}{figure['fd']:11.4f}{interval:>20}{figure['fd'] / floor:13.2f}x", flush=True)
+    print(f"{'calls':>8}{'distance':>11}{'95 % interval':>20}{'of the floor':>14}", flush=True)
+
+
+def line(calls: int, found: dict[str, float], floor: float) -> None:
+    interval = f"[{found['low']:.4f}, {found['high']:.4f}]"
+    print(f"{calls:8}{found['fd']:11.4f}{interval:>20}{found['fd'] / floor:13.2f}x", flush=True)
 
 
 def main() -> None:
@@ -246,9 +248,14 @@ def main() -> None:
     print(f"{options.threads} threads of {os.cpu_count()}, load {os.getloadavg()[0]:.1f}; {recipe.cost(data.spec)}")
     rows: list[dict[str, Any]] = []
 
-    def note(name: str, used: dict[str, float], found: dict[int, dict[str, float]]) -> None:
-        show(name, used, found, floor)
-        rows.append({"name": name, **used, "load": os.getloadavg()[0], "calls": found})
+    def begin(name: str, used: dict[str, float]) -> None:
+        heading(name, used)
+        rows.append({"name": name, **used, "load": os.getloadavg()[0], "calls": {}})
+
+    def note(calls: int, samples: np.ndarray) -> None:  # each row as soon as it is known
+        found = judge.distance(samples)
+        line(calls, found, floor)
+        rows[-1]["calls"][calls] = found
         if options.out:
             kept = {"samples": options.samples, "floor": floor, "threads": options.threads, "rows": rows}
             options.out.write_text(json.dumps(kept, indent=1) + "\n")
@@ -262,16 +269,15 @@ def main() -> None:
             pipeline, used = train_ours(data, recipe, minutes * 60 * CORES, options.seed)
             if kept:
                 pipeline.save(kept)
-        found = {}
+        begin(f"{options.recipe}, {minutes:g} minutes", used)
         for calls in options.calls:
             sampling = within(calls, recipe.sampling, pipeline.denoiser.schedule)
             x = pipeline.draw(options.samples, classes=judge.classes(options.samples), sampling=sampling)
-            found[calls] = judge.distance(data.spec.to_data(x))
-        note(f"{options.recipe}, {minutes:g} minutes", used, found)
+            note(calls, data.spec.to_data(x))
     for minutes in options.reference:
         network, used = train_reference(data, minutes * 60 * CORES, options.seed)
-        found = {n: judge.distance(sample_reference(network, data, options.samples, n)) for n in (20,)}
-        note(f"reference, {minutes:g} minutes", used, found)
+        begin(f"reference, {minutes:g} minutes", used)
+        note(20, sample_reference(network, data, options.samples, 20))
 
 
 if __name__ == "__main__":

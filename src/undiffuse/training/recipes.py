@@ -79,7 +79,9 @@ def mnist(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
             evaluate_every=500,
         ),
         ema=Averaging(half_life=50_000, ramp=0.05),
-        sampling=Sampling(solver=DPMpp2M(eta=1.0), grid=Uniform(), steps=10, guidance_scale=1.3),
+        sampling=Sampling(
+            solver=DPMpp2M(eta=1.0), grid=Uniform(), steps=16, guidance_scale=1.25, guidance_interval=(0.5, 1.6)
+        ),
     )
 
 
