@@ -80,7 +80,7 @@ def mnist(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
         ),
         ema=Averaging(half_life=50_000, ramp=0.05),
         sampling=Sampling(
-            solver=DPMpp2M(eta=1.0), grid=Uniform(), steps=16, guidance_scale=1.25, guidance_interval=(0.5, 1.6)
+            solver=DPMpp2M(eta=1.0), grid=Uniform(), steps=8, guidance_scale=1.25, guidance_interval=(0.5, 1.6)
         ),
     )
 
