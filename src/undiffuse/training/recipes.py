@@ -157,7 +157,7 @@ def text(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
             evaluate_every=1000,
         ),
         ema=Averaging(half_life=10_000),
-        sampling=Sampling(solver=DPMpp2M(), grid=Uniform(), steps=20, guidance_scale=3.0),
+        sampling=Sampling(solver=DPMpp2M(eta=1.0), grid=Uniform(), steps=20, guidance_scale=3.0),
     )
 
 
