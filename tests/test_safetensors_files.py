@@ -210,7 +210,7 @@ def test_A18_LD2_pickles_are_refused_without_being_opened_and_nothing_is_importe
     sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
     monkeypatch.setattr(torch, "load", lambda *rest: pytest.fail("torch.load"))
     for path, reason in (
-        *((folder / name, "a file; a model is a folder") for name in ("model.pt", "model.ckpt", "bomb.pt")),
+        *((folder / name, "a pickle, which can run code") for name in ("model.pt", "model.ckpt", "bomb.pt")),
         (folder, "no model here"),
     ):
         with pytest.raises(UndiffuseError, match=reason):

@@ -414,14 +414,15 @@ def census() -> Counter[str]:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_SV13_LT8_nothing_grows() -> None:
-    requests, others = 60, threading.active_count()  # of other tests in this process
+    # An event loop keeps up to a hundred timers that were cancelled (of bodies that came in time) before it drops them.
+    requests, others = 250, threading.active_count()  # others: of other tests in this process
     with running() as server:
         grow(server, requests)
         until(lambda: threading.active_count() < others + 20)
         before = census()
         grow(server, requests)
         after = census()
-    grown = {kind: count - before[kind] for kind, count in after.items() if count - before[kind] > requests // 4}
+    grown = {kind: count - before[kind] for kind, count in after.items() if count - before[kind] > requests // 2}
     assert not grown
 
 
