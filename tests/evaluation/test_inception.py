@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from undiffuse import UndiffuseError, from_array
+from undiffuse import UndiffuseError, frechet, from_array
 from undiffuse.evaluation import inception
 from undiffuse.evaluation.extraction import FEATURES, extract
 from undiffuse.evaluation.features import weights_digest
@@ -235,3 +237,68 @@ def test_trap_V2_the_two_inceptions_are_two_metrics(file: Path) -> None:
     assert not torch.allclose(found[0], found[1], rtol=1e-3)
     with pytest.raises(UndiffuseError, match="inception features come in 64, 192, 768, 2048, got 100"):
         Inception(dim=100, weights=str(file)).fit(data)
+
+
+THEIRS = """
+import sys, types
+import numpy as np
+import torch
+
+# torch-fidelity imports torchvision for data sets that are not used here; an empty one keeps the real one away.
+for name in ("", ".datasets", ".transforms", ".transforms.functional", ".models", ".ops"):
+    sys.modules["torchvision" + name] = types.ModuleType("torchvision" + name)
+for name in ("datasets", "transforms", "models", "ops"):
+    setattr(sys.modules["torchvision"], name, sys.modules["torchvision." + name])
+sys.modules["torchvision.transforms"].functional = sys.modules["torchvision.transforms.functional"]
+for name in ("CIFAR10", "CIFAR100", "STL10"):
+    setattr(sys.modules["torchvision.datasets"], name, object)
+
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+weights, pictures, out = sys.argv[1:]
+def features(name, x):
+    network = FeatureExtractorInceptionV3("inception", [name], feature_extractor_weights_path=weights)
+    with torch.no_grad():
+        return torch.cat([network(part)[0] for part in x.split(8)])
+
+x = torch.from_numpy(np.load(pictures))
+low, high = features("64", x), features("2048", x[:8])
+half = len(x) // 2
+statistics = [fid_features_to_statistics(part) for part in (low[:half], low[half:])]
+found = fid_statistics_to_metric(*statistics, False)
+np.savez(out, low=low, high=high, frechet=float(next(iter(found.values()))))
+"""
+
+
+@pytest.mark.slow
+def test_features_and_frechet_distance_are_those_of_torch_fidelity(tmp_path: Path) -> None:
+    """Fetched into a folder of its own, without what it depends on: torchvision must not come near this torch."""
+    wanted = ["torch-fidelity==0.4.0", "--no-deps", "--target", str(tmp_path / "site")]
+    fetched = subprocess.run([sys.executable, "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True)
+    if fetched.returncode:
+        pytest.skip("torch-fidelity cannot be fetched here")
+    tensors = random_weights()
+    torch.save(tensors, tmp_path / "weights.pth")
+    source = np.random.Generator(np.random.PCG64(0))
+    coarse = source.integers(0, 256, (160, 3, 13, 13), dtype=np.uint8)
+    pictures = coarse.repeat(23, axis=2).repeat(23, axis=3)  # 299 x 299: nobody resizes
+    pictures[80:] = pictures[80:] // 2 + 40
+    np.save(tmp_path / "pictures.npy", pictures)
+    files = [str(tmp_path / name) for name in ("weights.pth", "pictures.npy", "theirs.npz")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run([sys.executable, "-c", THEIRS, *files], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = np.load(tmp_path / "theirs.npz")
+    x = (torch.from_numpy(pictures).float() - 128) / 128
+    ours: dict[int, Tensor] = {}
+    for dim in (64, 2048):
+        network = InceptionFID(dim).eval()
+        network.load_state_dict({**network.state_dict(), **tensors})
+        with torch.no_grad():
+            ours[dim] = torch.cat([network(part)[0] for part in (x if dim == 64 else x[:8]).split(8)])
+    for dim, name in ((64, "low"), (2048, "high")):
+        scale = float(ours[dim].std())
+        np.testing.assert_allclose(ours[dim].numpy(), theirs[name], atol=1e-4 * scale, rtol=1e-4)
+    mine = frechet(ours[64][:80], ours[64][80:]).value
+    assert mine == pytest.approx(float(theirs["frechet"]), rel=1e-4)

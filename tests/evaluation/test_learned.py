@@ -190,4 +190,4 @@ def test_the_classifier_of_mnist_is_kept_with_its_accuracy() -> None:
     test = open_dataset("mnist-test")
     probabilities = extract(features, test).probabilities
     assert probabilities is not None
-    assert float((probabilities.argmax(1).numpy() == test.labels).mean()) >= 0.993  # pyrefly: ignore
+    assert float((probabilities.argmax(1).numpy() == test.labels).mean()) >= 0.994  # pyrefly: ignore
