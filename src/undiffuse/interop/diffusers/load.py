@@ -43,6 +43,8 @@ def load(
     offload: bool = False,
 ) -> Pipeline:
     """The pipeline in a folder of diffusers; the arguments are those of :meth:`.Pipeline.load`."""
+    if Path(path).is_file() and Path(path).suffix.lower() in PICKLES:  # before anything is imported for it
+        raise UndiffuseError(f"{path}: a pickle, which can run code, and is not opened; fetch it as .safetensors")
     try:
         import diffusers
         import transformers
@@ -69,8 +71,6 @@ def single_file(
     text encoders' sizes; trap X3) is in ``config``, a folder of diffusers, whose weights are not needed."""
     import diffusers
 
-    if path.suffix.lower() in PICKLES:
-        raise UndiffuseError(f"{path}: a pickle, which can run code, and is not opened; fetch it as .safetensors")
     if "undiffuse" in read_header(path).metadata:
         raise UndiffuseError(f"{path}: a file of a model; name its folder, {path.parent}")
     if config is None:
