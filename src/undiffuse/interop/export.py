@@ -55,10 +55,7 @@ def save_diffusers(
     Raises:
         UndiffuseError: the folder has something in it.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UndiffuseError(f"{folder}: has something else; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(folder)
     if pipeline.home is not None:  # it came from diffusers, and is written as it came
         pipeline.save(folder)
         write_bytes_atomic(folder / "README.md", model_card(pipeline, license=license, diffusers="", run=run).encode())
@@ -83,6 +80,15 @@ def save_diffusers(
     write_bytes_atomic(
         folder / "README.md", model_card(pipeline, license=license, diffusers=reason or "", run=run).encode()
     )
+    return folder
+
+
+def new_folder(folder: str | Path) -> Path:
+    """The folder, made if it is not there; refuses one with something in it."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UndiffuseError(f"{folder}: has something else; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

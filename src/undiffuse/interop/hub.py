@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import UndiffuseError
 from ..pipeline import Pipeline, find_pipeline
 from .card import LICENSES, card_picture, model_card
-from .export import save_diffusers, sizes
+from .export import new_folder, save_diffusers, sizes
 
 FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.png")
 """Files that a model is made of; no code and no pickles."""
@@ -27,9 +27,7 @@ def write_folder(model: str | Path, folder: str | Path, *, form: str = "undiffus
     if form == "diffusers":
         save_diffusers(pipeline, folder, license=license, run=run)
     else:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UndiffuseError(f"{folder}: has something else; choose another folder")
-        pipeline.save(folder)
+        pipeline.save(new_folder(folder))
         (folder / "README.md").write_text(model_card(pipeline, license=license, run=run), encoding="utf-8")
     card_picture(pipeline, folder / "samples.png")
     return folder
