@@ -5,10 +5,15 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 import tomllib
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import undiffuse
 
@@ -144,6 +149,47 @@ def test_torch_is_pinned_first_and_every_pin_is_exact() -> None:
     extras = PROJECT["optional-dependencies"]
     wanted = [*PROJECT["dependencies"], *extras["demo"], *extras["plot"], *extras["dev"]]
     assert {re.split(r"[<>=\[ ]", name)[0] for name in wanted} <= pinned
+
+
+def outside(path: Path) -> set[str]:
+    """The packages that a file imports, wherever in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+    named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    named |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    return {name.partition(".")[0] for name in named}
+
+
+def installed_by_make() -> set[str]:
+    """The distributions that are there after `make test` in a fresh environment."""
+    asked = re.search(r"-e '\.\[(.*)\]'", (ROOT / "Makefile").read_text("utf-8"))
+    assert asked
+    extras = PROJECT["optional-dependencies"]
+    waiting = [Requirement(line) for line in PROJECT["dependencies"]]
+    waiting += [Requirement(line) for extra in asked[1].split(",") for line in extras[extra]]
+    found: set[tuple[str, str]] = set()
+    while waiting:
+        wanted = waiting.pop()
+        name = canonicalize_name(wanted.name)
+        for extra in {"", *wanted.extras} - {extra for other, extra in found if other == name}:
+            found.add((name, extra))
+            with suppress(metadata.PackageNotFoundError):  # for other machines
+                needed = map(Requirement, metadata.requires(name) or [])
+                waiting += [each for each in needed if not each.marker or each.marker.evaluate({"extra": extra})]
+    return {name for name, _ in found}
+
+
+def test_a_fresh_environment_has_what_the_type_checker_and_the_tests_look_for() -> None:
+    folders = [ROOT / name for name in ("src", "tests", "benchmarks")]
+    ours = {path.stem for folder in folders for path in folder.rglob("*")}
+    there, brought_by = installed_by_make(), metadata.packages_distributions()
+    missing = [
+        f"{path.relative_to(ROOT)} imports {package}"
+        for folder in folders
+        for path in folder.rglob("*.py")
+        for package in outside(path) - ours - sys.stdlib_module_names
+        if not there & {canonicalize_name(name) for name in brought_by.get(package, [])}
+    ]
+    assert not missing, "\n".join(missing)
 
 
 def test_all_is_all_but_the_developers_tools() -> None:
