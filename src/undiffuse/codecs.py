@@ -17,6 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import parse_json
+from .config import load_json, parse_json
 from .data.spec import DataSpec
 from .errors import UndiffuseError, choose, unknown
 from .networks import Cost
@@ -186,11 +187,16 @@ class Codec(nn.Module, ABC):
 
     @staticmethod
     def load(path: str | Path, device: str | torch.device = "cpu") -> Codec:
-        """The codec in a folder (or in the ``model/`` of the run that trained it, or the ``codec/`` of a model).
+        """The codec in a folder (or in the ``model/`` of the run that trained it, or the ``codec/`` of a model); or an
+        autoencoder of diffusers, in a folder of its own or a pipeline's, whose units are not measured yet.
 
         Raises :class:`UndiffuseError` for a file that is missing or damaged, that another program wrote, or whose mean
         and deviation are not those of its hash (trap D5).
         """
+        if is_foreign_codec(path):
+            from .interop.diffusers.codecs import load
+
+            return load(path, device)
         file = find_codec(path) / FILE
         meaning = codec_meaning(file)
         make = choose(f"kind of codec in {file}", str(meaning["kind"]), CODECS)
@@ -204,7 +210,7 @@ class Codec(nn.Module, ABC):
             check_fits(wanted, read_header(file).shapes, str(file))  # before anything of the declared size is allocated
             with torch.random.fork_rng(devices=[]):
                 codec = make(config)
-        except TypeError as error:
+        except (TypeError, KeyError) as error:
             raise UndiffuseError(f"{wrong} ({error})") from None
         weights = read_weights(file)
         latent = meaning["latent"]
@@ -248,6 +254,17 @@ def codec_meaning(file: Path) -> dict[str, Any]:
     if meaning["format"] != FORMAT:
         raise UndiffuseError(f"{file}: format {meaning['format']}, this version reads {FORMAT}; update undiffuse")
     return meaning
+
+
+def is_foreign_codec(path: str | Path) -> bool:
+    """Whether this is a folder of diffusers, or what may be a name on the Hub, and no codec of ours."""
+    from .pipeline import is_foreign
+
+    config = Path(path) / "config.json"
+    if is_foreign(path) or not config.is_file() or (Path(path) / FILE).is_file():
+        return is_foreign(path)
+    stated = load_json(config)
+    return isinstance(stated, dict) and "_class_name" in stated
 
 
 def find_codec(path: str | Path) -> Path:
@@ -437,9 +454,17 @@ def _autoencoder(config: Mapping[str, Any]) -> Codec:
     return Autoencoder(**config)
 
 
+def _of_diffusers(name: str, config: Mapping[str, Any]) -> Codec:
+    from .interop.diffusers.codecs import build
+
+    return build(name, config)
+
+
 CODECS: dict[str, Callable[[Mapping[str, Any]], Codec]] = {
     "fold": lambda config: Fold(**config),
     "autoencoder": _autoencoder,
+    "autoencoder_kl": partial(_of_diffusers, "AutoencoderKL"),
+    "vq_model": partial(_of_diffusers, "VQModel"),
 }
 """How each kind of codec is built from its configuration (a file names the kind, never code)."""
 

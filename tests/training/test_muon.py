@@ -9,6 +9,7 @@ from training_laws import points, recipe
 from undiffuse.config import override
 from undiffuse.errors import UndiffuseError
 from undiffuse.networks import NETWORKS, build, sized
+from undiffuse.networks.autoencoder import Autoencoder
 from undiffuse.pipeline import REGISTRIES
 from undiffuse.training import Trainer
 from undiffuse.training.muon import NEWTON_SCHULZ, SIZE, STEPS, Muon, matrices_of, polar
@@ -83,6 +84,14 @@ def test_the_matrices_are_those_of_the_blocks(family: str) -> None:
     names = [named[id(weight)] for weight in matrices_of(network)]
     assert len(set(names)) == len(names) > 2
     assert not [name for name in names if name.split(".")[0] in ("stem", "head", "embedding", "first", "last")]
+
+
+def test_of_a_codec_the_matrices_are_the_convolutions_of_its_blocks() -> None:
+    codec = Autoencoder(3, widths=[16, 24, 24], blocks=[1, 1, 2], codebook=8)
+    named = {id(weight): name for name, weight in codec.named_parameters()}
+    names = [named[id(weight)] for weight in matrices_of(codec)]
+    assert len(set(names)) == len(names) == 2 * 4 * 2  # two a block, four blocks on each side
+    assert {name.split(".")[-2] for name in names} == {"first", "second"}
 
 
 def test_muon_learns_what_adamw_learns() -> None:

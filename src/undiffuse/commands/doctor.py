@@ -165,13 +165,12 @@ def _proof(run: Path, device: str) -> list[Finding]:
     given = _parse("train", train_module, words).keywords  # pyrefly: ignore
     dataset = open_dataset(given["data"], **{name: given[name] for name in train_module.DATA_OPTIONS})
     if given["codec"] is not None:
-        from ..codecs import Codec
         from ..config import from_json, load_json
         from ..data.augment import Augment
-        from ..data.latents import Latents
+        from ..data.latents import Latents, codec_for
 
         augment = from_json(Augment, load_json(run / "config.json")["recipe"]["augment"], str(run / "config.json"))
-        dataset = Latents(dataset, Codec.load(given["codec"]), augment)
+        dataset = Latents(dataset, codec_for(given["codec"], dataset), augment)
     proof = prove_resume(run, dataset, device=device)
     if proof.exact:
         return [

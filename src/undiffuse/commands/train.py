@@ -99,7 +99,8 @@ def train(
         batch_size: Images an update.
         image_size: Side to which images are cropped and resized.
         model_size: tiny, small, base or large.
-        codec: Train in the latents of this codec: a run of the recipe autoencoder. The data are encoded once and kept.
+        codec: Train in the latents of this codec: a run of the recipe autoencoder, or a folder of diffusers (a vae, or
+            a pipeline that has one). The data are encoded once and kept.
         seed: Of everything that is drawn.
         device: auto, cpu, cuda, mps.
         data_root: Where files of named data sets are.
@@ -243,10 +244,9 @@ def prepare(
     device: str = "cpu",
 ) -> tuple[Dataset, Recipe]:
     """The data (or their latents) and the recipe that these options mean."""
-    from ..codecs import Codec
     from ..config import override
     from ..data import open_dataset
-    from ..data.latents import Latents, latent_spec
+    from ..data.latents import Latents, codec_for, latent_spec
     from ..pipeline import REGISTRIES, resolve_device
     from ..training import make_recipe
     from ..training.recipe import with_length
@@ -268,7 +268,7 @@ def prepare(
         strict=strict,
         seed=seed,
     )
-    inner = None if codec is None else Codec.load(codec, resolve_device(device))
+    inner = None if codec is None else codec_for(codec, dataset, resolve_device(device))
     spec = dataset.spec if inner is None else latent_spec(dataset.spec, inner)
     chosen = make_recipe(recipe, spec, len(dataset), model_size)
     chosen = override(chosen, set, REGISTRIES)

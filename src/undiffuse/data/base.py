@@ -119,7 +119,9 @@ class Dataset(ABC):
         spec, count = self.spec, len(self)
         if self.codec is not None:
             size = "x".join(map(str, spec.shape))
-            return f"{self.original.describe()}, as latents {size} of the {self.codec.kind} codec {self.codec.hash}"
+            units = f" ({said})" if (said := self.codec.info.get("units")) else ""
+            codec = f"{self.codec.kind} codec {self.codec.hash}{units}"
+            return f"{self.original.describe()}, as latents {size} of the {codec}"
         noun = spec.kind.removesuffix("s") + ("" if count == 1 else "s")
         if spec.kind == "points":
             size = f"{spec.shape[0]}-D"

@@ -13,6 +13,7 @@ and is refused.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -22,8 +23,9 @@ from typing import final
 import numpy as np
 import torch
 
-from ..codecs import Codec, check_same_data
-from ..config import write_bytes_atomic
+from ..cache import cache_folder
+from ..codecs import Codec, check_same_data, measure
+from ..config import load_json, write_bytes_atomic, write_json_atomic
 from ..errors import UndiffuseError
 from .augment import Augment
 from .base import Dataset, digest, positions
@@ -31,9 +33,48 @@ from .spec import DataSpec
 
 SHARD = 1024
 """Items a file."""
-TOGETHER = 64
-"""Items that are encoded together."""
+TOGETHER, ELEMENTS = 64, 4_000_000
+"""Items that are encoded together, and the most elements that these have."""
+MEASURED = 2_000
+"""Items on which the units of a codec are measured that comes without."""
 LAYOUTS = {1: "CL", 2: "CYX", 3: "CZYX"}
+
+
+def codec_for(
+    path: str | Path,
+    data: Dataset,
+    device: str | torch.device = "cpu",
+    *,
+    cache: str | os.PathLike[str] | None = None,
+) -> Codec:
+    """The codec at ``path`` (:meth:`.Codec.load`), in the units of the latents of ``data`` where it comes without: an
+    autoencoder of diffusers, whose own constants are those of the data that others trained with (trap D5).
+
+    What was measured is kept in the cache, so that a run goes on in the units that it began in.
+    """
+    codec = Codec.load(path, device)
+    if codec.measured:
+        return codec
+    check_same_data(codec, data.spec, str(path))
+    key = digest("units 1", data.fingerprint, data.spec.stated, codec.hash, str(codec.precision))
+    file = (cache_folder() if cache is None else Path(cache)) / "units" / f"{key}.json"
+    where = np.unique(np.linspace(0, len(data) - 1, min(len(data), MEASURED)).astype(np.int64))
+    try:
+        known = load_json(file)
+        codec.settle(known["mean"], known["std"], {"data": data.name, "items": len(where)})
+    except (UndiffuseError, OSError, KeyError, TypeError, ValueError):  # not there, or damaged
+        step = _together(data.spec)
+        measure(codec, (data.batch(where[i : i + step])[0] for i in range(0, len(where), step)), data.name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(file, {"mean": codec.mean.tolist(), "std": codec.std.tolist()})
+    presumed = torch.tensor(codec.info["constants"]["std"])
+    here, there = (f"{float(std.min()):.3g} to {float(std.max()):.3g}" for std in (codec.std.cpu(), presumed))
+    codec.info["units"] = f"deviations {here}, measured on {len(where):,} items; its own constants presume {there}"
+    return codec
+
+
+def _together(spec: DataSpec) -> int:
+    return max(1, min(TOGETHER, ELEMENTS // math.prod(spec.shape)))
 
 
 def latent_spec(data: DataSpec, codec: Codec) -> DataSpec:
@@ -146,8 +187,6 @@ def _encoded(
     data: Dataset, codec: Codec, mirrored: bool, cache: str | os.PathLike[str] | None, counted: _Counted
 ) -> list[np.ndarray]:
     """The files of one copy, mapped into memory; those that are missing or damaged are made."""
-    from ..cache import cache_folder
-
     key = digest("latents 1", data.fingerprint, data.spec.stated, codec.hash, str(codec.precision), str(mirrored))
     folder = (cache_folder() if cache is None else Path(cache)) / "latents" / key
     folder.mkdir(parents=True, exist_ok=True)
@@ -177,9 +216,9 @@ def _read(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 @torch.no_grad()
 def _encode(data: Dataset, codec: Codec, mirrored: bool, items: range) -> np.ndarray:
-    parts = []
-    for begin in range(items.start, items.stop, TOGETHER):
-        where = np.arange(begin, min(begin + TOGETHER, items.stop))
+    parts, step = [], _together(data.spec)
+    for begin in range(items.start, items.stop, step):
+        where = np.arange(begin, min(begin + step, items.stop))
         x, _ = data.batch(where)
         if (lost := data.lost(where)).any():  # another item took its place, which has another label and caption
             raise UndiffuseError(f"{data.called(int(where[lost][0]))}: cannot be read any more; start again without it")

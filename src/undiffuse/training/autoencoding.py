@@ -104,6 +104,9 @@ class Autoencoding(Task):
         codec.latent_shape(self.dataset.spec.shape)
         return Learner(codec, Critic(codec.channels, codec.rank) if self.choice.adversarial else None)
 
+    def trunk(self, module: Any) -> nn.Module:
+        return module.codec
+
     # --- the loss -----------------------------------------------------------------------------------------------------
 
     def loss(self, module: Any, *values: Any, **options: Any) -> Tensor:

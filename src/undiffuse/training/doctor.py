@@ -612,7 +612,7 @@ def check_overfit(patient: Patient, updates: int = 150, seconds: float = 12.0) -
     cond |= {name: values.to(patient.device) for name, values in given.items()}
     bar = float(loss(trivial, x0, t, eps, objective.weight, huber=objective.huber).mean())
     x0, eps = x0.to(patient.device), eps.to(patient.device)
-    optimiser = make_optimiser(denoiser, replace(choice, weight_decay=0.0))
+    optimiser = make_optimiser(denoiser, denoiser.network, replace(choice, weight_decay=0.0))
     begun, now, step, lowest = time.monotonic(), math.inf, 0, math.inf
     for step in range(1, updates + 1):
         with lent(patient.seed, "doctor dropout", step, patient.device):

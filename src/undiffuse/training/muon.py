@@ -17,8 +17,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ..denoiser import Denoiser
 from ..errors import UndiffuseError
+from ..networks.autoencoder import Block
 from .engine import is_divided
 from .recipe import Optimiser
 
@@ -48,9 +48,10 @@ def polar(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def matrices_of(network: nn.Module) -> list[nn.Parameter]:
-    """The weights inside the network's lists of blocks with two or more axes, of which the first counts the outputs."""
-    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+def matrices_of(trunk: nn.Module) -> list[nn.Parameter]:
+    """The weights inside a network's lists of blocks, or a codec's blocks, with two or more axes, of which the first
+    counts the outputs."""
+    lists = [module for module in trunk.modules() if isinstance(module, (nn.ModuleList, Block))]
     found = {id(weight): weight for each in lists for weight in each.parameters() if weight.ndim >= 2}
     return list(found.values())
 
@@ -97,18 +98,18 @@ class Muon(torch.optim.AdamW):
                 weight.mul_(1 - lr * decay * fine).sub_(update.reshape(weight.shape) * (size * fine))
 
 
-def make_optimiser(denoiser: Denoiser, choice: Optimiser) -> torch.optim.AdamW:
-    """What the recipe asks for, for all weights of ``denoiser``."""
+def make_optimiser(module: nn.Module, trunk: nn.Module, choice: Optimiser) -> torch.optim.AdamW:
+    """What the recipe asks for, for all weights of ``module``, in whose ``trunk`` the blocks are."""
     options = {"lr": choice.lr, "betas": choice.betas, "eps": choice.eps, "weight_decay": choice.weight_decay}
-    return OPTIMISERS[choice.kind](denoiser, choice.momentum, options)
+    return OPTIMISERS[choice.kind](module, trunk, choice.momentum, options)
 
 
-def adamw(denoiser: Denoiser, momentum: float, options: dict[str, Any]) -> torch.optim.AdamW:
-    return torch.optim.AdamW(denoiser.parameters(), fused=True, **options)
+def adamw(module: nn.Module, trunk: nn.Module, momentum: float, options: dict[str, Any]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(module.parameters(), fused=True, **options)
 
 
-def muon(denoiser: Denoiser, momentum: float, options: dict[str, Any]) -> torch.optim.AdamW:
-    matrices = matrices_of(denoiser.network)
+def muon(module: nn.Module, trunk: nn.Module, momentum: float, options: dict[str, Any]) -> torch.optim.AdamW:
+    matrices = matrices_of(trunk)
     if not matrices:
         raise UndiffuseError("optimiser.kind=muon needs a network with blocks of layers, this one has none: say adamw")
     if any(map(is_divided, matrices)):
@@ -116,11 +117,14 @@ def muon(denoiser: Denoiser, momentum: float, options: dict[str, Any]) -> torch.
             "optimiser.kind=muon needs whole matrices: say training.shard=never, or optimiser.kind=adamw"
         )
     taken = set(map(id, matrices))
-    rest = [weight for weight in denoiser.parameters() if id(weight) not in taken]
+    rest = [weight for weight in module.parameters() if id(weight) not in taken]
     return Muon(matrices, rest, momentum=momentum, **options)
 
 
-OPTIMISERS: dict[str, Callable[[Denoiser, float, dict[str, Any]], torch.optim.AdamW]] = {"adamw": adamw, "muon": muon}
+OPTIMISERS: dict[str, Callable[[nn.Module, nn.Module, float, dict[str, Any]], torch.optim.AdamW]] = {
+    "adamw": adamw,
+    "muon": muon,
+}
 """Every optimiser by name."""
 
 TITLES = {"adamw": "AdamW", "muon": "Muon"}

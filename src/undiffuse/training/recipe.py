@@ -395,7 +395,6 @@ class Recipe:
         else:
             check(self.augment.geometric > 0, "augment.geometric is told to a denoiser; a codec takes no condition")
             check(self.training.quality_every > 0, "training.quality_every is of samples; a codec makes none")
-            check(self.optimiser.kind != "adamw", f"optimiser.kind={self.optimiser.kind} is of denoisers; say adamw")
             check(self.training.shard == "always", "training.shard=always: a codec is trained whole; say never")
             check(self.training.compile == "always", "training.compile=always: a codec is not compiled; say never")
         self.modules(spec)

@@ -93,6 +93,10 @@ class Task(ABC):
         """The module, with fresh weights from torch's global generator."""
 
     @abstractmethod
+    def trunk(self, module: Any) -> nn.Module:
+        """The part of it whose blocks an optimiser may treat as matrices (:mod:`.muon`)."""
+
+    @abstractmethod
     def loss(self, module: Any, *values: Any, **options: Any) -> Tensor:
         """Of each item, ``[B]``; called with the data and what :meth:`drawn` has drawn."""
 
@@ -150,6 +154,9 @@ class Diffusion(Task):
 
     def build(self) -> nn.Module:
         return self.config.build()
+
+    def trunk(self, module: Any) -> nn.Module:
+        return module.network
 
     def loss(self, module: Any, *values: Any, **options: Any) -> Tensor:
         return loss(module, *values, **options)

@@ -172,7 +172,7 @@ class Trainer:
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in denoiser.modules())
         if self.plan.images is not None:
             recipe.ema.check_horizon(self.plan.images, recipe.training.batch_size)
-        self.optimiser = make_optimiser(self.denoiser, recipe.optimiser)
+        self.optimiser = make_optimiser(self.denoiser, self.task.trunk(self.denoiser), recipe.optimiser)
         self.step = 0
         self.loss_sum = torch.zeros((), device=self.device)  # since the last call of mean_loss
         self.loss_count = 0

@@ -1,17 +1,24 @@
-"""diffusers' autoencoders as codecs. Their constants are the units of the latents: what a network sees is
-``(latent - shift) * scaling`` (with ``latents_mean`` and ``latents_std``, ``(latent - mean) / std * scaling``), which
-:class:`.Codec` writes as (latent - mean) / std, and nobody else multiplies by (trap D5)."""
+"""diffusers' autoencoders as codecs. Their constants are the units of the latents of the networks that were trained
+with them: ``(latent - shift) * scaling`` (with ``latents_mean`` and ``latents_std``, ``(latent - mean) / std *
+scaling``), which :class:`.Codec` writes as (latent - mean) / std, and nobody else multiplies by (trap D5).
+
+A model of one's own is trained in units that are measured on its data. So an autoencoder that is loaded alone
+(:func:`load`) comes without any; its constants are in ``info`` for comparison.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from ...codecs import Codec
-from ...errors import UndiffuseError
+from ...config import load_json
+from ...errors import UndiffuseError, choose
+from .folder import PICKLES, Folder, check_config, line_of, load_part
 from .networks import Seats
 
 
@@ -22,10 +29,10 @@ class Autoencoder(Codec):
     def __init__(self, inner: nn.Module) -> None:
         options: Mapping[str, Any] = inner.config  # type: ignore[assignment]
         name = type(inner).__name__
-        channels = int(options["latent_channels"])
+        channels = int(options.get("vq_embed_dim") or options["latent_channels"])
         self.kind = CODECS[name]
         # A codec is described by what it computes, not by the file that it came from.
-        described = {key: value for key, value in options.items() if not key.startswith("_")}
+        described = {key: value for key, value in sorted(options.items()) if not key.startswith("_")}
         super().__init__(channels, 2 ** (len(options["block_out_channels"]) - 1), described)
         self.inner, self.seats = inner, Seats()
         self.eval().requires_grad_(False)
@@ -38,10 +45,17 @@ class Autoencoder(Codec):
             )
         if mean is None or std is None:
             mean, std = [float(options.get("shift_factor") or 0.0)] * channels, [1.0] * channels
-        with torch.no_grad():
-            self.settle(mean, [float(each) / scaling for each in std], {"data": f"constants of the {name}"})
+        stated = {"mean": [float(each) for each in mean], "std": [float(each) / scaling for each in std]}
+        self.info = {"class": name, "constants": stated}
         if bool(options.get("force_upcast", False)) and self.halved:
             self.in_float32()  # it overflows in half precision (trap P7)
+
+    @torch.no_grad()
+    def with_constants(self) -> Autoencoder:
+        """This one in the units of the networks that were trained with it."""
+        constants = self.info["constants"]
+        self.settle(constants["mean"], constants["std"], {"data": f"constants of the {self.info['class']}"})
+        return self
 
     def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         channels = int(self.config["in_channels"])
@@ -66,3 +80,56 @@ class Autoencoder(Codec):
 
 CODECS = {"AutoencoderKL": "autoencoder_kl", "VQModel": "vq_model"}
 """The classes of autoencoders that can be read, and what they are called here."""
+
+
+def build(name: str, config: Mapping[str, Any]) -> Autoencoder:
+    """One of these classes with fresh weights, from what a codec's file says."""
+    described = check_config(dict(config), f"the configuration of the {name}")
+    library = diffusers_for(f"a codec that is an {name}")
+    try:
+        made = Autoencoder(getattr(library, name).from_config(described))
+    except UndiffuseError:
+        raise
+    except Exception as error:  # whatever a library makes of a config that it does not understand
+        raise UndiffuseError(f"the configuration of the {name} does not build one ({line_of(error)})") from None
+    made.config = described  # its hash must not depend on the options that a later version of the library adds
+    return made
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Autoencoder:
+    """The autoencoder in a folder of diffusers, which is its own (``vae``) or that of a whole pipeline; or in one of
+    the Hub that is on this machine. Its units are not measured yet."""
+    from .load import hub_folder
+
+    given = Path(path)
+    if given.is_file():
+        why = "a pickle, which is not opened" if given.suffix.lower() in PICKLES else "one file, without its config"
+        raise UndiffuseError(f"{path}: {why}; name a folder of diffusers with config.json and safetensors")
+    library = diffusers_for(str(path))
+    here, root = (given, None) if given.is_dir() else hub_folder(str(path), None, False)
+    if (here / "model_index.json").exists():
+        folder = Folder(here, root)
+        part = next((name for name, (_, kind) in folder.parts.items() if kind in CODECS), None)
+        if part is None:
+            kinds = ", ".join(kind for _, kind in folder.parts.values())
+            raise UndiffuseError(f"{path}: has no {' or '.join(CODECS)}, only {kinds}: it is no model in latents")
+        kind = folder.parts[part][1]
+    else:
+        config = here / "config.json"
+        part, kind = "vae", str(check_config(load_json(config), str(config)).get("_class_name"))
+        folder = Folder(here, root, index={"_class_name": kind, part: ["diffusers", kind]})
+    choose(f"class of autoencoder in {path}", kind, CODECS)
+    made = getattr(library, kind)
+    inner = load_part(folder, part, made.from_config, made.from_pretrained, torch.float32, "torch_dtype")
+    return Autoencoder(inner).to(device)
+
+
+def diffusers_for(what: str) -> Any:
+    """The package diffusers, quiet."""
+    try:
+        import diffusers
+    except ImportError:
+        raise UndiffuseError(f"{what}: needs diffusers, which is missing: pip install 'undiffuse[diffusers]'") from None
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    return diffusers

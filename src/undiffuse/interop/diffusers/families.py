@@ -92,7 +92,7 @@ class Parts:
         return NETWORKS[kind](inner, layout(inner.config))  # type: ignore[arg-type]
 
     def codec(self, name: str = "vae") -> Autoencoder:
-        return Autoencoder(self.diffusers(name, list(CODECS)))
+        return Autoencoder(self.diffusers(name, list(CODECS))).with_constants()
 
     def reader(
         self,

@@ -78,17 +78,25 @@ class Folder:
         path: of the folder.
         root: what its files must not leave; the folder itself, or the place of a download whose names are links.
         variant: of the weights' files, such as ``fp16``.
+        index: what its ``model_index.json`` would say, of a folder that holds one part and has none.
 
     Attributes:
         family: the class of the pipeline; ``parts``: class by name; ``options``: the rest of the index.
     """
 
-    def __init__(self, path: Path, root: Path | None = None, variant: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        root: Path | None = None,
+        variant: str | None = None,
+        index: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path, self.root = path, (root or path).resolve()
         self.variant = None if variant is None else safe_name(variant, "variant")
         self.flat: set[str] = set()
         where = self.path / "model_index.json"
-        self.index = check_config(load_json(self.inside("model_index.json")), str(where))
+        read = load_json(self.inside("model_index.json")) if index is None else index
+        self.index = check_config(read, str(where))
         self.family = str(self.index.get("_class_name", ""))
         if not self.family:
             raise UndiffuseError(f"{where}: _class_name, the kind of pipeline, is missing")
