@@ -6,13 +6,13 @@ import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from undiffuse.codecs import Codec
 from undiffuse.config import override
@@ -22,7 +22,8 @@ from undiffuse.data.latents import Latents
 from undiffuse.errors import UndiffuseError
 from undiffuse.evaluation.learned import Classifier
 from undiffuse.pipeline import REGISTRIES, Pipeline
-from undiffuse.training import make_recipe, run_training
+from undiffuse.training import Diverged, forensics, make_recipe, run_training
+from undiffuse.training.aftercare import examine_run
 from undiffuse.training.autoencoding import Autoencoding, Learner, perplexity
 from undiffuse.training.perceptual import LPIPS, VGG, ClassifierDistance
 from undiffuse.training.recipe import Recipe
@@ -143,6 +144,131 @@ def test_a_dead_vector_moves_to_a_latent_that_is_far_from_all() -> None:
     assert made.optimiser.state[book]["exp_avg"][1:].abs().sum() == 0
 
 
+# --- an update that is not finite -------------------------------------------------------------------------------------
+
+
+class Poisoned(nn.Module):
+    """Not finite for pictures whose square lies in the upper left corner: a function of its input, as real ones."""
+
+    def __init__(self, inner: nn.Module, what: str) -> None:
+        super().__init__()
+        self.inner, self.what = inner, what
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        bad = corner(x)[:, None, None, None]
+        if self.what == "output":
+            return torch.where(bad, torch.full_like(y, float("inf")), y)
+        y = y * 1
+        if y.requires_grad:
+            y.register_hook(lambda gradient: torch.where(bad, float("nan"), gradient))
+        return y
+
+
+def corner(x: Tensor) -> Tensor:
+    """``[B]``: of pictures in model units, folded or not, those whose first pixel is bright."""
+    return x.flatten(1)[:, 0] > 0
+
+
+def poisoned(what: str, *settings: str) -> Trainer:
+    chosen = recipe(*settings, steps=40)
+    learner = cast(Any, Trainer(data(), chosen, seed=3).denoiser)
+    learner.codec.encoder = Poisoned(learner.codec.encoder, what)
+    return Trainer(data(), chosen, seed=3, denoiser=learner)
+
+
+def state(of: Trainer) -> list[Tensor]:
+    moments = [value for p in of.parameters.values() for value in of.optimiser.state[p].values()]
+    return [
+        each.clone() for each in (*of.denoiser.state_dict().values(), *of.ema.denoiser.state_dict().values(), *moments)
+    ]
+
+
+def unmoved(before: list[Tensor], after: list[Tensor]) -> bool:
+    return len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+WILD = ("optimiser.kind=adamw", "optimiser.lr=1e30", "optimiser.warmup=0", "optimiser.clip=1e30")
+
+
+def until_bad(of: Trainer) -> list[Tensor]:
+    """Train up to the first bad update, which raises; the state before it."""
+    while not of.finished:
+        before = state(of)
+        try:
+            of.update()
+        except Diverged:
+            return before
+    raise AssertionError("never bad")
+
+
+KINDS = [(), ("codec.codebook=8", "codec.revive=1"), ("codec.adversarial=0.5", "codec.adversarial_from=0")]
+
+
+@pytest.mark.parametrize("what", ["output", "gradient"])
+@pytest.mark.parametrize("settings", KINDS)
+def test_trap_R8_NF1_a_bad_update_changes_no_bit_and_its_items_are_named(what: str, settings: tuple[str, ...]) -> None:
+    made = poisoned(what, *settings)
+    before = until_bad(made)
+    assert made.step > 0
+    assert unmoved(before, state(made))
+
+    seen = forensics.scene(made, made.diverged_at)
+    found = forensics.replay(made.task, made.denoiser, seen)
+    assert unmoved(before, state(made))  # looking changes nothing either
+    assert found.repeated
+    assert found.items == tuple(seen.indices[corner(seen.x0)].tolist()) != ()
+    assert found.times == ()
+    assert (found.module if what == "output" else found.backward) == "codec.encoder"
+
+
+@pytest.mark.parametrize("settings", KINDS)
+def test_NF2_a_run_that_may_skip_does(settings: tuple[str, ...]) -> None:
+    made = poisoned("output", "training.nonfinite=skip", "training.skip_in_row=40", *settings)
+    skipped = 0
+    while not made.finished:
+        before = state(made)
+        if made.update().skipped:
+            assert unmoved(before, state(made))
+            skipped += 1
+    assert 0 < skipped < 40
+    assert all(bool(each.isfinite().all()) for each in state(made))
+
+
+@pytest.mark.parametrize("settings", KINDS)
+def test_R8_a_run_that_stops_leaves_what_a_replay_needs(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    with pytest.raises(Diverged, match="likely cause: ") as stopped:
+        run_training(data(), recipe(*WILD, *settings), tmp_path, device="cpu")
+    report, found = forensics.investigate(tmp_path)
+    assert report["cause"] == found.cause
+    assert found.cause in str(stopped.value)
+    assert (report["step"], report["items"]) == (found.step, list(found.items))
+    assert "run away" in found.cause
+    findings = examine_run(tmp_path, device="cpu", nan=True)
+    assert [each.light for each in findings if each.check == "replay"] == ["red", "red"]
+
+
+def test_the_replay_is_the_update() -> None:
+    for settings in (*KINDS, ("training.accumulation=3",), ("codec.adversarial=0.5", "codec.adversarial_from=0.1")):
+        made = trainer(*settings)
+        for step in (1, 2, 3):
+            found = forensics.replay(made.task, made.denoiser, forensics.scene(made, step))
+            assert found.loss == pytest.approx(float(made.update().loss), rel=1e-5)
+
+
+def test_a_replay_that_needs_the_data_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def features(name: str, of: Dataset) -> Any:
+        if of.labels is None:
+            raise UndiffuseError("needs labelled data")
+        return (lambda x, y: (x - y).abs().flatten(1).mean(1)), "a stand-in for the classifier"
+
+    monkeypatch.setattr("undiffuse.training.autoencoding.distance_of", features)
+    with pytest.raises(Diverged, match="run away"):
+        run_training(data(), recipe(*WILD, "codec.perceptual=1"), tmp_path, device="cpu")
+    with pytest.raises(UndiffuseError, match=r"without the data .* report.json has what was found"):
+        forensics.investigate(tmp_path)
+
+
 def test_perplexity_counts_the_vectors_in_use() -> None:
     assert perplexity(torch.tensor([0, 1, 2, 3]), {"codebook": 9}) == pytest.approx(4)
     assert perplexity(torch.tensor([5, 5, 5]), {"codebook": 9}) == pytest.approx(1)
@@ -196,7 +322,7 @@ def test_the_discriminator_waits_for_its_share_of_the_run() -> None:
     made = trainer("codec.adversarial=1", "codec.adversarial_from=0.5", steps=4)
     judged = []
     while not made.finished:
-        options = made.task.drawn(made, {}).options or {}
+        options = made.task.drawn(made, {}, made.step, made.team).options
         judged.append(options["judged"])
         made.update()
     assert judged == [False, False, True, True]

@@ -201,7 +201,7 @@ def test_the_loss_of_a_window_that_was_all_skipped_is_not_a_number() -> None:
 def autopsy(trainer: Trainer) -> forensics.Autopsy:
     until_bad(trainer)
     before = bits_of_state(trainer)
-    found = forensics.replay(trainer.denoiser, trainer.recipe, forensics.scene(trainer, trainer.diverged_at))
+    found = forensics.replay(trainer.task, trainer.denoiser, forensics.scene(trainer, trainer.diverged_at))
     assert bits_of_state(trainer) == before  # looking changes nothing
     assert trainer.denoiser.training
     return found
@@ -216,7 +216,7 @@ def test_R8_the_replay_names_the_samples_the_level_and_the_module() -> None:
     trainer = poisoned(dataset, recipe(dataset, images=400), 300, 310)
     found = autopsy(trainer)
     seen = forensics.scene(trainer, found.step)
-    bad = [row for row, t in enumerate(seen.t.tolist()) if 0.3 < t < 0.31]
+    bad = [row for row, t in enumerate(seen.drawn.values[0].tolist()) if 0.3 < t < 0.31]
     assert bad
     assert found.repeated
     assert found.items == tuple(seen.indices[bad].tolist())
@@ -293,7 +293,7 @@ def test_R8_what_does_not_repeat_is_said() -> None:
     dataset = points()
     trainer = Trainer(dataset, recipe(dataset))
     trainer.update()
-    found = forensics.replay(trainer.denoiser, trainer.recipe, forensics.scene(trainer, 1))
+    found = forensics.replay(trainer.task, trainer.denoiser, forensics.scene(trainer, 1))
     assert not found.repeated
     assert "finite when computed again" in found.cause
 
@@ -305,7 +305,7 @@ def test_the_replay_is_the_update(settings: list[str]) -> None:
     chosen = override(recipe(dataset), ["objective.condition_dropout=0.5", *settings], REGISTRIES)
     trainer = Trainer(dataset, chosen, seed=2)
     for step in (1, 2, 3):
-        found = forensics.replay(trainer.denoiser, chosen, forensics.scene(trainer, step))
+        found = forensics.replay(trainer.task, trainer.denoiser, forensics.scene(trainer, step))
         assert found.loss == pytest.approx(float(trainer.update().loss), rel=1e-6)
 
 
@@ -324,13 +324,13 @@ def test_the_replay_under_augmentation_is_the_update() -> None:
     trainer = Trainer(train, chosen, seed=2)
     trainer.update()
     seen = forensics.scene(trainer, 2)
-    assert seen.cond["augmentation"].any()
-    found = forensics.replay(trainer.denoiser, chosen, seen)
+    assert seen.drawn.named["augmentation"].any()
+    found = forensics.replay(trainer.task, trainer.denoiser, seen)
     assert found.loss == pytest.approx(float(trainer.update().loss), rel=1e-6)
     again = forensics.scene(trainer, 2)
     assert torch.equal(again.x0, seen.x0)
     plain, _ = dataset.batch(seen.indices.numpy())  # the indices are those of the whole
-    kept = ~seen.cond["augmentation"].any(1)
+    kept = ~seen.drawn.named["augmentation"].any(1)
     unmoved = replace(chosen, augment=replace(chosen.augment, shift=0))
     still = forensics.scene(Trainer(train, unmoved, seed=2), 2)
     assert kept.any()

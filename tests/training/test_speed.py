@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from training_laws import bits, points, recipe
 from undiffuse import conditions
-from undiffuse.config import load_json
+from undiffuse.config import load_json, override
 from undiffuse.denoiser import Denoiser
 from undiffuse.errors import UndiffuseError, UndiffuseWarning
+from undiffuse.pipeline import REGISTRIES
 from undiffuse.predictions import FlowVelocity
 from undiffuse.schedules import Flow
-from undiffuse.training import Trainer, run_training, speed
+from undiffuse.training import Trainer, make_recipe, run_training, speed
 from undiffuse.training.engine import SHAPES, Compiled
 from undiffuse.training.speed import Trial, as_before, choose, plain, settle
 
@@ -60,7 +61,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, *, half: float, compiled: float, comp
 
 
 def network(trainer: Trainer) -> nn.Module:
-    return trainer.engine.loss.args[0].network  # type: ignore[attr-defined]
+    return getattr(trainer.engine.loss.args[0], "network", trainer.denoiser)  # type: ignore[attr-defined]
 
 
 def images(hours: float = 1.0, **training: Any) -> Any:
@@ -94,6 +95,18 @@ def test_what_pays_is_chosen(
     assert f"{half:.0%}" in why
     assert f"{compiled:.0%}" in why
     assert "\n" not in why
+
+
+def test_a_codec_is_tried_too_but_never_compiled(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    timed(monkeypatch, half=0.5, compiled=0.5)
+    dataset, asked = images()
+    learning = replace(make_recipe("autoencoder", dataset.spec, len(dataset), "tiny"), training=asked.training)
+    chosen, why = choose(dataset, learning)
+    assert ways(chosen) == ("bf16", "never")
+    assert "an update in bf16 takes 50%" in why
+    other = override(learning, ["codec.codebook=8"], REGISTRIES)
+    choose(dataset, other)
+    assert len(list(cache.iterdir())) == 2  # another codec, another trial
 
 
 def test_compiling_that_the_run_does_not_win_back_is_left_out(

@@ -170,13 +170,13 @@ def _replayed(run: Path, device: str) -> Iterator[Finding]:
     if not found.repeated:
         yield Finding("replay", "yellow", f"update {found.step}: {found.cause}", "test the memory, or try --device cpu")
         return
-    times = f"t = {min(found.times):.4f} to {max(found.times):.4f}" if found.times else "no sample alone"
     which = ", ".join(map(str, found.items[:5])) + (f" and {len(found.items) - 5} more" if len(found.items) > 5 else "")
+    times = f", t = {min(found.times):.4f} to {max(found.times):.4f}" if found.times else ""
+    some = f"{len(found.items)} samples (item {which}){times}" if found.items else "no sample alone"
     yield Finding(
         "replay",
         "red",
-        f"update {found.step} of seed {found.seed} is not finite again: {len(found.items)} samples (item "
-        f"{which or '-'}), {times}",
+        f"update {found.step} of seed {found.seed} is not finite again: {some}",
         found.cause,
     )
     where = f"the output of {found.module}" if found.module else "no module's output"

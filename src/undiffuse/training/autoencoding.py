@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..codecs import FILE, build_codec, codec_cost, codec_meaning, measure
 from ..data import Dataset
+from ..distributed import Team
 from ..errors import UndiffuseError
 from ..networks.autoencoder import Autoencoder, PositionNorm, straight_through
 from ..networks.layers import convolution
@@ -34,6 +35,7 @@ from ..outputs import tile, write_png
 from .draws import epoch_order, generator
 from .held_out import SEED, Curve, Evaluation, draws, evaluating, finite
 from .perceptual import distance_of
+from .recipe import share
 from .tasks import Drawn, Task
 from .trainer import Trainer
 
@@ -65,6 +67,7 @@ class Learner(nn.Module):
 
     Attributes:
         used: ``[codebook]``, how often each vector was the nearest since the last revival.
+        counts: how often each was in each part of this update, which may yet turn out not to be finite; not kept.
         latest: latents of the last part of a batch, where there is a codebook; not kept.
     """
 
@@ -72,6 +75,7 @@ class Learner(nn.Module):
         super().__init__()
         self.codec = codec
         self.critic = critic
+        self.counts: list[Tensor] = []
         self.latest: Tensor | None = None
         if codec.codebook is not None:
             self.register_buffer("used", torch.zeros(len(codec.codebook)))
@@ -135,7 +139,7 @@ class Autoencoding(Task):
         numbers = codec.nearest(mean)
         vectors = codec.look_up(numbers)
         if learner.training:
-            learner.used += torch.bincount(numbers.flatten(), minlength=len(learner.used))
+            learner.counts.append(torch.bincount(numbers.flatten(), minlength=len(learner.used)))
             learner.latest = mean.detach()
         y = codec.draw(straight_through(mean, vectors))
         drawn = (mean.detach() - vectors).square() + self.choice.commitment * (mean - vectors.detach()).square()
@@ -159,33 +163,43 @@ class Autoencoding(Task):
 
     # --- what the trainer asks ----------------------------------------------------------------------------------------
 
-    def drawn(self, trainer: Trainer, given: dict[str, Tensor]) -> Drawn:
-        size, team = self.recipe.training.batch_size, trainer.team
+    def drawn(self, trainer: Trainer, given: dict[str, Tensor], step: int, team: Team) -> Drawn:
+        size = self.recipe.training.batch_size
         if self.choice.codebook and team.size > 1:
             raise UndiffuseError("a codebook is learned by one process: start one, or say codec.codebook=0")
-        shape = learner_of(trainer).codec.latent_shape(self.dataset.spec.shape)
-        source = generator(trainer.seed, "posterior", trainer.step, trainer.device)
+        learner = learner_of(trainer)
+        learner.counts.clear()
+        source = generator(trainer.seed, "posterior", step, trainer.device)
+        shape = learner.codec.latent_shape(self.dataset.spec.shape)
         eps = torch.randn(size, *shape, generator=source, device=trainer.device)
-        mine = slice(team.rank * size // team.size, (team.rank + 1) * size // team.size)
-        judged = bool(self.choice.adversarial) and self._progress(trainer) >= self.choice.adversarial_from
-        return Drawn((eps[mine],), options={"judged": judged})
+        judged = bool(self.choice.adversarial) and self._progress(trainer, step) >= self.choice.adversarial_from
+        return Drawn((eps[share(size, team.rank, team.size)],), options={"judged": judged})
+
+    def written(self, drawn: Drawn) -> dict[str, Tensor]:
+        return {"eps": drawn.values[0], "judged": torch.tensor(drawn.options["judged"])}
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Drawn:
+        return Drawn((tensors["eps"],), options={"judged": bool(tensors["judged"])})
 
     @staticmethod
-    def _progress(trainer: Trainer) -> float:
-        """The share of the run that is over; 0 while its length is not known."""
-        return 0.0 if trainer.plan.images is None else trainer.images / trainer.plan.images
+    def _progress(trainer: Trainer, step: int) -> float:
+        """The share of the run that is over after ``step`` updates; 0 while its length is not known."""
+        images = step * trainer.recipe.training.batch_size
+        return 0.0 if trainer.plan.images is None else images / trainer.plan.images
 
     @torch.no_grad()
     def after(self, trainer: Trainer) -> None:
         """Every so often, vectors of the codebook that no latent was near to take the place of latents that are far
         from all vectors (Zeghidour et al. 2021 draw them at random; here nothing is drawn)."""
         learner = learner_of(trainer)
+        for count in learner.counts:
+            learner.used += count
         book, every = learner.codec.codebook, self.choice.revive
         if book is None or not every or trainer.step % every or learner.latest is None:
             return
         dead = (learner.used == 0).nonzero().flatten()
         learner.used.zero_()
-        if not len(dead) or self._progress(trainer) > LATEST:
+        if not len(dead) or self._progress(trainer, trainer.step) > LATEST:
             return
         latents = learner.latest.movedim(1, -1).flatten(0, -2)
         vectors = learner.codec.look_up(learner.codec.nearest(learner.latest)).movedim(1, -1).flatten(0, -2)

@@ -2,7 +2,7 @@
 
     nan/
       report.json           step, seed, items, levels, first bad module, bad gradients, likely cause, last checkpoint
-      batch.safetensors     indices, data, times, noise and conditions of the whole batch
+      batch.safetensors     indices, data and all that was drawn (times, noise, conditions) of the whole batch
       weights.safetensors   the weights just before: the update did not reach them
 
 An update is a function of the weights, the batch and (seed, step), so nothing needs to be watched while all is well:
@@ -15,26 +15,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from ..config import from_json, load_json, to_json
+from ..data.base import ArrayDataset
 from ..data.spec import DataSpec
-from ..denoiser import Denoiser
 from ..distributed import ALONE
 from ..errors import UndiffuseError
-from ..objectives import loss
 from ..pipeline import REGISTRIES
 from ..weights import check_fits, read_weights, shapes
 from .draws import batch_indices, lent
 from .recipe import Recipe, kind_of, share
+from .tasks import Drawn, Task, task_of
 from .trainer import Trainer
 
 FOLDER = "nan"
@@ -50,16 +51,18 @@ class Scene:
 
     Attributes:
         step: the update's number, from 1; seed: the run's.
-        indices: ``[B]`` which items; x0: ``[B, ...]`` model units; t: ``[B]``; eps: like x0; cond: ``[B, ...]`` each.
+        indices: ``[B]`` which items; x0: ``[B, ...]`` model units; drawn: noise and what else the task draws.
     """
 
     step: int
     seed: int
     indices: Tensor
     x0: Tensor
-    t: Tensor
-    eps: Tensor
-    cond: dict[str, Tensor]
+    drawn: Drawn
+
+    def rows(self, rows: slice | list[int]) -> Scene:
+        """Some of the samples."""
+        return replace(self, indices=self.indices[rows], x0=self.x0[rows], drawn=self.drawn.rows(rows))
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Autopsy:
         repeated: whether it was not finite again.
         loss: of the batch; None where it is not finite.
         items: the items whose own loss or gradient is not finite.
-        times: their times t.
+        times: their times t; none where no noise levels are drawn.
         levels: how many of them are in each tenth of [0, 1].
         module: the first module whose output was not finite; None: all were.
         backward: going back from the loss, the first module whose output has a gradient that is not.
@@ -101,66 +104,57 @@ def scene(trainer: Trainer, step: int) -> Scene:
     indices = batch_indices(trainer.seed, step - 1, size, len(trainer.dataset))
     x0, given = trainer.read(step - 1, ALONE)
     given = {name: values.to(trainer.device) for name, values in given.items()}
-    t, eps, cond = trainer.noised(step - 1, given, ALONE)
-    return Scene(
-        step, trainer.seed, torch.from_numpy(trainer.dataset.origin(indices)), x0.to(trainer.device), t, eps, cond
-    )
+    drawn = trainer.task.drawn(trainer, given, step - 1, ALONE)
+    where = torch.from_numpy(trainer.dataset.origin(indices))
+    return Scene(step, trainer.seed, where, x0.to(trainer.device), drawn)
 
 
-def replay(denoiser: Denoiser, recipe: Recipe, scene: Scene) -> Autopsy:
+def replay(task: Task, module: nn.Module, scene: Scene) -> Autopsy:
     """Compute an update's loss and gradient again and say where they are not finite; changes nothing."""
-    training = denoiser.training
-    denoiser.train()
+    training, half = module.training, task.recipe.training.precision == "bf16"
+    module.train()
     try:
         modules: list[str] = []
         backward: list[str] = []
-        with _watched(denoiser, modules, backward):
-            each, gradients = _compute(denoiser, recipe, scene)
+        with _watched(module, modules, backward):
+            each, gradients = _compute(task, module, scene, half)
         wrong = tuple(name for name, gradient in gradients.items() if not bool(gradient.isfinite().all()))
         rows = torch.nonzero(~each.isfinite()).flatten().tolist()
-        if not rows and wrong:
-            rows = _culprits(denoiser, recipe, scene, list(range(len(each))))
+        if wrong and len(rows) in (0, len(each)):  # a loss may weigh its terms by all samples together
+            rows = _culprits(task, module, scene, half, list(range(len(each)))) or rows
         squares = sum(float(gradient.double().square().sum()) for gradient in gradients.values())
         repeated = bool(wrong) or bool(rows) or squares > torch.finfo(torch.float32).max
-        mean = float(each.mean())
+        mean, times = float(each.mean()), scene.drawn.rows(rows).times
         result = Autopsy(
             step=scene.step,
             seed=scene.seed,
             repeated=repeated,
             loss=mean if mean < float("inf") else None,
             items=tuple(scene.indices[rows].tolist()),
-            times=tuple(round(float(scene.t[row]), 6) for row in rows),
-            levels=tuple(torch.histc(scene.t[rows].float(), 10, 0, 1).long().tolist()) if rows else (0,) * 10,
+            times=() if times is None else tuple(round(t, 6) for t in times.tolist()),
+            levels=(0,) * 10 if times is None else tuple(torch.histc(times.float(), 10, 0, 1).long().tolist()),
             module=modules[0] if modules else None,
             backward=backward[0] if backward else None,
             gradients=wrong,
             cause="",
         )
-        return replace(result, cause=_cause(denoiser, recipe, scene, result, rows))
+        return replace(result, cause=_cause(task, module, scene, half, result, rows))
     finally:
-        denoiser.train(training)
+        module.train(training)
 
 
-def _compute(denoiser: Denoiser, recipe: Recipe, scene: Scene) -> tuple[Tensor, dict[str, Tensor]]:
+def _compute(task: Task, module: nn.Module, scene: Scene, half: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of each sample and the gradient of their mean, in the same parts as in training."""
-    objective, training = recipe.objective, recipe.training
-    parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     device, losses = scene.x0.device, []
-    has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in denoiser.modules())
+    has_dropout = any(isinstance(each, nn.Dropout) and each.p > 0 for each in module.modules())
     with lent(scene.seed, "dropout", scene.step - 1, device) if has_dropout else nullcontext():
-        parts = min(training.accumulation, len(scene.x0))
-        for rows in (share(len(scene.x0), part, parts) for part in range(parts)):
-            with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
-                each = loss(
-                    denoiser,
-                    scene.x0[rows],
-                    scene.t[rows],
-                    scene.eps[rows],
-                    objective.weight,
-                    huber=objective.huber,
-                    **{name: values[rows] for name, values in scene.cond.items()},
-                )
+        parts = min(task.recipe.training.accumulation, len(scene.x0))
+        for part in (scene.rows(share(len(scene.x0), number, parts)) for number in range(parts)):
+            drawn = part.drawn
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                each = task.loss(module, part.x0, *drawn.values, **drawn.named, **drawn.options)
             losses.append(each.detach())
             found = torch.autograd.grad(each.sum() / len(scene.x0), list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, found, strict=True):
@@ -169,26 +163,19 @@ def _compute(denoiser: Denoiser, recipe: Recipe, scene: Scene) -> tuple[Tensor, 
     return torch.cat(losses), total
 
 
-def _culprits(denoiser: Denoiser, recipe: Recipe, scene: Scene, rows: list[int]) -> list[int]:
+def _culprits(task: Task, module: nn.Module, scene: Scene, half: bool, rows: list[int]) -> list[int]:
     """The samples whose own gradient is not finite, by halving."""
-    part = replace(
-        scene,
-        x0=scene.x0[rows],
-        t=scene.t[rows],
-        eps=scene.eps[rows],
-        cond={name: values[rows] for name, values in scene.cond.items()},
-    )
-    _, gradients = _compute(denoiser, recipe, part)
+    _, gradients = _compute(task, module, scene.rows(rows), half)
     if all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
         return []
     if len(rows) == 1:
         return rows
-    half = len(rows) // 2
-    return _culprits(denoiser, recipe, scene, rows[:half]) + _culprits(denoiser, recipe, scene, rows[half:])
+    middle = len(rows) // 2
+    return [row for part in (rows[:middle], rows[middle:]) for row in _culprits(task, module, scene, half, part)]
 
 
 @contextmanager
-def _watched(denoiser: Denoiser, modules: list[str], backward: list[str]) -> Iterator[None]:
+def _watched(whole: nn.Module, modules: list[str], backward: list[str]) -> Iterator[None]:
     """Note each module whose output, or whose output's gradient, is not finite, in the order of the computation."""
 
     def watch(name: str) -> Any:
@@ -205,7 +192,7 @@ def _watched(denoiser: Denoiser, modules: list[str], backward: list[str]) -> Ite
 
         return left
 
-    hooks = [module.register_forward_hook(watch(name)) for name, module in denoiser.named_modules() if name]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in whole.named_modules() if name]
     try:
         yield
     finally:
@@ -213,9 +200,9 @@ def _watched(denoiser: Denoiser, modules: list[str], backward: list[str]) -> Ite
             hook.remove()
 
 
-def _cause(denoiser: Denoiser, recipe: Recipe, scene: Scene, found: Autopsy, rows: Sequence[int]) -> str:
+def _cause(task: Task, module: nn.Module, scene: Scene, half: bool, found: Autopsy, rows: list[int]) -> str:
     """The first of the known causes that fits."""
-    for name, weight in denoiser.state_dict().items():
+    for name, weight in module.state_dict().items():
         if weight.is_floating_point() and not bool(weight.isfinite().all()):
             return (
                 f"{name} was not finite before this update: lower optimiser.lr, and continue from a checkpoint before"
@@ -233,25 +220,23 @@ def _cause(denoiser: Denoiser, recipe: Recipe, scene: Scene, found: Autopsy, row
             "about 1 is usual: repair or remove it"
         )
     largest_name, largest = max(
-        ((name, float(p.detach().abs().max())) for name, p in denoiser.named_parameters() if p.numel()),
+        ((name, float(p.detach().abs().max())) for name, p in module.named_parameters() if p.numel()),
         key=lambda pair: pair[1],
     )
     if largest > RUNAWAY:
         return (
             f"the weights have run away ({largest_name} reaches {largest:.3g}): lower optimiser.lr or lengthen warm-up"
         )
-    if rows and len(rows) < len(scene.x0):
-        times = scene.t[rows]
-        if bool((times < 0.01).all()) or bool((times > 0.99).all()):
-            objective = recipe.objective
-            return (
-                f"every bad sample is next to an end of the schedule (t = {float(times.min()):.4g} to "
-                f"{float(times.max()):.4g}), where {kind_of(recipe.model.prediction)} prediction with weight "
-                f"{kind_of(objective.weight)} is too large: choose another prediction, weight or times"
-            )
-    if recipe.training.precision == "bf16":
-        plain = replace(recipe, training=replace(recipe.training, precision="float32"))
-        each, gradients = _compute(denoiser, plain, scene)
+    times = found.times
+    if times and len(rows) < len(scene.x0) and (max(times) < 0.01 or min(times) > 0.99):
+        model, objective = task.recipe.model, task.recipe.objective
+        return (
+            f"every bad sample is next to an end of the schedule (t = {min(times):.4g} to {max(times):.4g}), where "
+            f"{kind_of(model.prediction)} prediction with weight {kind_of(objective.weight)} is too large: choose "
+            "another prediction, weight or times"
+        )
+    if half:
+        each, gradients = _compute(task, module, scene, half=False)
         if bool(each.isfinite().all()) and all(bool(g.isfinite().all()) for g in gradients.values()):
             return "bfloat16: the same update is finite in float32; train with --set training.precision=float32"
     if found.module:
@@ -276,7 +261,7 @@ def keep(trainer: Trainer, step: int, out: Path, last_good: Path | None) -> Auto
     where it cannot be written.
     """
     seen = scene(trainer, step)
-    found = replay(trainer.denoiser, trainer.recipe, seen)
+    found = replay(trainer.task, trainer.denoiser, seen)
     report = {
         **asdict(found),
         "last_good": str(last_good) if last_good else None,
@@ -285,8 +270,7 @@ def keep(trainer: Trainer, step: int, out: Path, last_good: Path | None) -> Auto
         "spec": trainer.dataset.spec.to_json(),
         "history": _history(out / "metrics.jsonl"),
     }
-    batch = {"indices": seen.indices, "x0": seen.x0, "t": seen.t, "eps": seen.eps}
-    batch |= {f"cond.{name}": values for name, values in seen.cond.items()}
+    batch = {"indices": seen.indices, "x0": seen.x0, **trainer.task.written(seen.drawn)}
     working = out / f".{FOLDER}-{os.getpid()}"
     shutil.rmtree(working, ignore_errors=True)
     try:
@@ -315,15 +299,25 @@ def investigate(out: str | os.PathLike[str], device: str = "cpu") -> tuple[dict[
         spec = DataSpec.from_json(report["spec"])
         step, seed = int(report["step"]), int(report["seed"])
         batch = {name: tensor.to(device) for name, tensor in read_weights(folder / "batch.safetensors").items()}
-        cond = {name.removeprefix("cond."): v for name, v in batch.items() if name.startswith("cond.")}
-        seen = Scene(step, seed, batch["indices"].cpu(), batch["x0"], batch["t"].cpu(), batch["eps"], cond)
+        task = _task_without_data(spec, recipe, folder)
+        seen = Scene(step, seed, batch["indices"].cpu(), batch["x0"], task.read(batch))
     except (KeyError, TypeError) as error:
         raise UndiffuseError(f"{folder}: not whole ({error}); only the run that wrote it can write it again") from None
-    denoiser = recipe.config(spec).build()
+    module = task.build()
     weights = read_weights(folder / "weights.safetensors")
-    check_fits(shapes(denoiser.state_dict()), shapes(weights), str(folder / "weights.safetensors"))
-    denoiser.load_state_dict(weights)  # these may hold NaN: that is what is looked for
-    return report, replay(denoiser.to(device), recipe, seen)
+    check_fits(shapes(module.state_dict()), shapes(weights), str(folder / "weights.safetensors"))
+    module.load_state_dict(weights)  # these may hold NaN: that is what is looked for
+    return report, replay(task, module.to(device), seen)
+
+
+def _task_without_data(spec: DataSpec, recipe: Recipe, folder: Path) -> Task:
+    """What the run learned, for data of which only the spec is known."""
+    try:
+        return task_of(ArrayDataset(spec, np.zeros((0, *spec.original_shape), spec.dtype), None, name="none"), recipe)
+    except UndiffuseError as error:
+        raise UndiffuseError(
+            f"{folder}: cannot be computed again without the data ({error}); report.json has what was found then"
+        ) from None
 
 
 def _history(path: Path, lines: int = 50) -> list[dict[str, Any]]:

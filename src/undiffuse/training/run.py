@@ -417,8 +417,6 @@ class _Run:
         trainer = self.trainer
         if trainer.divided:
             return "not looked for, since no process has all the weights"
-        if not trainer.task.replayable:
-            return "not looked for: lower optimiser.lr"
         # The last update was skipped, or one since the last check was bad; else a weight is, which the next will show.
         step = trainer.diverged_at or (trainer.step if trainer.skipped_in_row else trainer.step + 1)
         cause = "unknown"

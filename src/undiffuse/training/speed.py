@@ -127,11 +127,11 @@ def choose(
     """
     training, place = recipe.training, torch.device(device)
     updates = training.images / training.batch_size
-    if recipe.codec is not None or (updates < LEAST_UPDATES if minutes is None else 60 * minutes < least_seconds):
+    if updates < LEAST_UPDATES if minutes is None else 60 * minutes < least_seconds:
         return plain(recipe), ""
-    model = recipe.modules(dataset.spec)
-    if training.compile == "auto" and (not may_compile(place) or divides(training.shard, model, team, place)):
-        training = replace(training, compile="never")  # FSDP2's own hooks are not compiled here
+    whole = recipe.codec is not None or not divides(training.shard, recipe.modules(dataset.spec), team, place)
+    if training.compile == "auto" and not (recipe.codec is None and whole and may_compile(place)):
+        training = replace(training, compile="never")  # FSDP2's own hooks are not compiled here, nor are codecs
         recipe = replace(recipe, training=training)
     if "auto" not in (training.precision, training.compile):
         return plain(recipe), ""
@@ -279,9 +279,11 @@ def _cached(recipe: Recipe, dataset: Dataset, device: torch.device) -> Any:
     """The file for trials of this model, shape and batch on this device with this torch."""
     from ..cache import cache_folder
 
-    training = recipe.training
+    training, codec = recipe.training, recipe.codec
     key = {
-        "model": to_json(recipe.config(dataset.spec), REGISTRIES),
+        "model": to_json(recipe.config(dataset.spec), REGISTRIES)
+        if codec is None
+        else [codec.config(recipe.model, dataset.spec), asdict(codec)],
         "shape": dataset.spec.shape,
         "batch": [training.batch_size, training.accumulation],
         "asked": [getattr(training, name) for name in SETTINGS],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final
@@ -23,6 +23,7 @@ from ..data import Dataset
 from ..data.columns import in_words
 from ..data.shown import read_shown, write_shown
 from ..denoiser import terminal_snr_report
+from ..distributed import Team
 from ..errors import UndiffuseError, UndiffuseWarning
 from ..objectives import loss, overlap
 from ..outputs import suffixes, write_samples
@@ -64,26 +65,22 @@ class Judge(Protocol):
 @dataclass(frozen=True, eq=False)
 class Drawn:
     """What an update computes with besides the data: values with a row an item, by position and by name, and options
-    that are the same for all."""
+    that are the same for all. ``times``: of the values those that are noise levels, if any are."""
 
     values: tuple[Tensor, ...] = ()
-    named: Mapping[str, Tensor] | None = None
-    options: Mapping[str, Any] | None = None
+    named: Mapping[str, Tensor] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    times: Tensor | None = None
 
-    def part(self, rows: slice) -> tuple[list[Tensor], dict[str, Any]]:
-        """Arguments of the loss for some of the rows."""
-        named = {name: value[rows] for name, value in (self.named or {}).items()}
-        return [value[rows] for value in self.values], {**named, **(self.options or {})}
+    def rows(self, rows: slice | list[int]) -> Drawn:
+        """What was drawn for some of the items."""
+        named = {name: value[rows] for name, value in self.named.items()}
+        times = None if self.times is None else self.times[rows]
+        return Drawn(tuple(value[rows] for value in self.values), named, self.options, times)
 
 
 class Task(ABC):
-    """Abstract: what a run learns.
-
-    Attributes:
-        replayable: whether an update that was not finite can be computed again and looked into.
-    """
-
-    replayable = False
+    """Abstract: what a run learns."""
 
     def __init__(self, dataset: Dataset, recipe: Recipe) -> None:
         self.dataset, self.recipe = dataset, recipe
@@ -101,8 +98,16 @@ class Task(ABC):
         """Of each item, ``[B]``; called with the data and what :meth:`drawn` has drawn."""
 
     @abstractmethod
-    def drawn(self, trainer: Trainer, given: dict[str, Tensor]) -> Drawn:
-        """What the update that is next computes with: a function of (seed, step)."""
+    def drawn(self, trainer: Trainer, given: dict[str, Tensor], step: int, team: Team) -> Drawn:
+        """What this team's process computes update ``step`` (from 0) with: a function of (seed, step)."""
+
+    @abstractmethod
+    def written(self, drawn: Drawn) -> dict[str, Tensor]:
+        """What was drawn, as a file holds it."""
+
+    @abstractmethod
+    def read(self, tensors: Mapping[str, Tensor]) -> Drawn:
+        """:meth:`written` backwards; ``KeyError`` where something is missing."""
 
     def examine(self, trainer: Trainer, module: Any, x0: Tensor, given: dict[str, Tensor]) -> None:  # noqa: B027
         """Raise, after the first update, for a module that cannot learn."""
@@ -144,8 +149,6 @@ def task_of(dataset: Dataset, recipe: Recipe) -> Task:
 class Diffusion(Task):
     """A denoiser, of data or of their latents."""
 
-    replayable = True
-
     def __init__(self, dataset: Dataset, recipe: Recipe) -> None:
         super().__init__(dataset, recipe)
         self.config = recipe.config(dataset.spec)
@@ -161,10 +164,20 @@ class Diffusion(Task):
     def loss(self, module: Any, *values: Any, **options: Any) -> Tensor:
         return loss(module, *values, **options)
 
-    def drawn(self, trainer: Trainer, given: dict[str, Tensor]) -> Drawn:
-        t, eps, cond = trainer.noised(trainer.step, given)
+    def drawn(self, trainer: Trainer, given: dict[str, Tensor], step: int, team: Team) -> Drawn:
+        return self._drawn(*trainer.noised(step, given, team))
+
+    def _drawn(self, t: Tensor, eps: Tensor, cond: Mapping[str, Tensor]) -> Drawn:
         objective = self.recipe.objective
-        return Drawn((t, eps), cond, {"weight": objective.weight, "huber": objective.huber})
+        return Drawn((t, eps), cond, {"weight": objective.weight, "huber": objective.huber}, times=t)
+
+    def written(self, drawn: Drawn) -> dict[str, Tensor]:
+        t, eps = drawn.values
+        return {"t": t, "eps": eps, **{f"cond.{name}": values for name, values in drawn.named.items()}}
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Drawn:
+        cond = {name.removeprefix("cond."): v for name, v in tensors.items() if name.startswith("cond.")}
+        return self._drawn(tensors["t"].cpu(), tensors["eps"], cond)
 
     def examine(self, trainer: Trainer, module: Any, x0: Tensor, given: dict[str, Tensor]) -> None:
         from .trainer import check_inputs_matter

@@ -213,7 +213,7 @@ class Trainer:
         training = self.recipe.training
         size = training.batch_size
         x0, given = self._batch()
-        drawn = self.task.drawn(self, given)
+        drawn = self.task.drawn(self, given, self.step, self.team)
         lr = self.recipe.optimiser.rate(self.images, self.images + size, self.plan)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
@@ -221,13 +221,13 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         masks = f"dropout {self.team.rank}" if self.team.rank else "dropout"
         with lent(self.seed, masks, self.step, self.device) if self.has_dropout else nullcontext():
-            for part in range(training.accumulation):
-                rows = share(len(x0), part, training.accumulation)
-                last = part == training.accumulation - 1
+            for number in range(training.accumulation):
+                rows = share(len(x0), number, training.accumulation)
+                last = number == training.accumulation - 1
                 with nullcontext() if last else self.engine.quiet():
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-                        values, options = drawn.part(rows)
-                        each = self.engine.loss(x0[rows], *values, **options)
+                        part = drawn.rows(rows)
+                        each = self.engine.loss(x0[rows], *part.values, **part.named, **part.options)
                     portion = each.sum() / size
                     (portion * self.team.size).backward()  # the exchange takes the mean over processes
                     total += portion.detach()
@@ -259,12 +259,9 @@ class Trainer:
                     self.task.examine(self, whole_denoiser, x0, given)
         return Update(self.step, self.images, total, norm, lr, skipped)
 
-    def noised(
-        self, step: int, given: dict[str, Tensor], team: Team | None = None
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """``(t, eps, cond)`` of this process's share of the batch of update ``step`` (from 0): times, noise, and
-        of the ``given`` conditions those that are not dropped. Another ``team`` shares otherwise."""
-        team = team or self.team
+    def noised(self, step: int, given: dict[str, Tensor], team: Team) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """``(t, eps, cond)`` of this process's share in a ``team`` of the batch of update ``step`` (from 0): times,
+        noise, and of the ``given`` conditions those that are not dropped."""
         objective, size = self.recipe.objective, self.recipe.training.batch_size
         draws = draw(self.seed, step, size, self.dataset.spec.shape, self.device, offset=objective.offset_noise > 0)
         mine = share(size, team.rank, team.size)
