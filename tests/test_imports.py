@@ -39,6 +39,7 @@ FREE = {
     "tokens",
     "attention",
     "encoders",
+    "prompts",
 }  # everybody may use these; they use nothing but each other
 
 

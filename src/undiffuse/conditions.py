@@ -25,6 +25,7 @@ from .beside import Beside, beside_from, stated
 from .encoders import load
 from .errors import UndiffuseError, UndiffuseWarning, choose, unknown
 from .levels import to_device
+from .prompts import AS_WRITTEN, PromptReading
 from .tokens import BytePairs
 
 Rows = Mapping[str, Tensor | Sequence[Any]]
@@ -82,6 +83,14 @@ class Condition(nn.Module, ABC):
     def usual(self, batch: int) -> Tensor:
         """``batch`` raw values of what is sampled where nobody says anything: the null ones, as a rule."""
         return self.null(batch)
+
+    def counts(self, values: Tensor) -> list[int] | None:
+        """How many tokens it makes of each row, where that depends on the row: such rows are embedded apart."""
+        return None
+
+    def join(self, rows: Sequence[Tensor]) -> Tensor:
+        """Raw values of several batches, one under another."""
+        return torch.cat(list(rows))
 
     @abstractmethod
     def embed(self, values: Tensor) -> Embedded:
@@ -242,9 +251,22 @@ class Written(Condition, ABC):
     def text(self, tokens: Sequence[int]) -> str:
         """The text of tokens."""
 
-    def read(self, texts: Sequence[str], captions: bool = False) -> Tensor:
+    def follow(self, reading: PromptReading) -> None:
+        """Raise for a way of reading prompts that this text cannot follow."""
+        if reading != AS_WRITTEN:
+            raise UndiffuseError(
+                "weighted_prompts, long_prompts and clip_skip are for the text encoders of diffusers' folders; this "
+                "model's own reads prompts as they are written"
+            )
+
+    def skipping(self, values: Tensor, layers: int) -> Tensor:
+        """The same texts, read without the encoder's last ``layers``, which :meth:`follow` has let through."""
+        return values
+
+    def read(self, texts: Sequence[str], captions: bool = False, reading: PromptReading = AS_WRITTEN) -> Tensor:
         """``[B, length]`` on the CPU. What is too long is cut, with a warning that names what was cut; of ``captions``,
         which are many, at the first one only."""
+        self.follow(reading)
         rows = torch.zeros(len(texts), self.length, dtype=torch.int64)
         for row, text in zip(rows, texts, strict=True):
             tokens = self.tokens(text)
@@ -261,8 +283,9 @@ class Written(Condition, ABC):
             row[: len(tokens)] = torch.tensor(tokens[: self.length])
         return rows
 
-    def check_length(self, text: str) -> None:
+    def check_length(self, text: str, reading: PromptReading = AS_WRITTEN) -> None:
         """Raise for a text that would be cut, where nobody would see the warning."""
+        self.follow(reading)
         if (count := len(self.tokens(text))) > self.length:
             raise UndiffuseError(f"the text has {count} tokens, this model reads {self.length}: make it shorter")
 
@@ -624,9 +647,10 @@ class Conditions(nn.Module):
         parts = {name: self.part(name).made for name in self.names}
         return {name: made(x, map(stream, range(len(x)))) for name, made in parts.items() if made is not None}
 
-    def read(self, name: str, rows: Tensor | Sequence[Any]) -> Tensor:
+    def read(self, name: str, rows: Tensor | Sequence[Any], reading: PromptReading = AS_WRITTEN) -> Tensor:
         """Raw values ``[R, ...]`` of one condition, checked, from what people write: R numbers or lists of numbers, of
-        a :class:`Written` one texts; None, or None for one number of several, asks for nothing in particular."""
+        a :class:`Written` one texts, read as ``reading`` says; None, or None for one number of several, asks for
+        nothing in particular."""
         if name not in (known := (*self.asked, *self.told)):
             raise unknown("condition", name, known)
         part = self.part(name)
@@ -636,16 +660,16 @@ class Conditions(nn.Module):
             return part.check(rows)
         if isinstance(rows, str):
             raise UndiffuseError(f"condition {name}: give a list of texts, not one")
-        return torch.cat([part.check(self._row(name, part, row)) for row in rows])
+        return part.join([part.check(self._row(name, part, row, reading)) for row in rows])
 
-    def _row(self, name: str, part: Condition, row: Any) -> Tensor:
+    def _row(self, name: str, part: Condition, row: Any, reading: PromptReading) -> Tensor:
         null = part.null(1).cpu()
         if row is None:
             return null
         if isinstance(part, Written):
             if not isinstance(row, str):
                 raise UndiffuseError(f"condition {name} is a text, got {row!r}")
-            return part.read([row])
+            return part.read([row], reading=reading)
         value, open = row, null[0].tolist()
         if isinstance(row, (list, tuple)) and isinstance(open, list) and len(row) == len(open):
             value = [nothing if each is None else each for each, nothing in zip(row, open, strict=True)]
@@ -662,6 +686,18 @@ class Conditions(nn.Module):
         for name in self.names:
             if name in values:
                 self.part(name).check(values[name])
+
+    def join(self, values: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The raw values of several batches, one under another."""
+        return {name: self.part(name).join([each[name] for each in values]) for name in self.names}
+
+    def alike(self, values: Mapping[str, Tensor]) -> list[list[int]] | None:
+        """Rows that can be asked together, since they make equally many tokens; None: all of them can."""
+        counts = [found for name in self.names if (found := self.part(name).counts(values[name])) is not None]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row, kind in enumerate(zip(*counts, strict=True)):
+            groups.setdefault(kind, []).append(row)
+        return list(groups.values()) if len(groups) > 1 else None
 
     def encode(self, values: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
         """What the network takes, of ``vector [B, width]``, ``tokens [B, T, token_width]`` and ``mask [B, T]`` what

@@ -104,6 +104,10 @@ class Conditioner(Protocol):
 
     def encode(self, values: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]: ...
 
+    def join(self, values: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]: ...
+
+    def alike(self, values: Mapping[str, Tensor]) -> list[list[int]] | None: ...
+
     def null(self, batch: int) -> dict[str, Tensor]: ...
 
 
@@ -169,9 +173,10 @@ class Denoiser(nn.Module):
     def together(
         self, questions: Sequence[tuple[Tensor, Level, Mapping[str, Tensor]]], rows: int | None = None
     ) -> list[Estimate]:
-        """The estimates of several ``(x, level, cond)``, all x of one shape but for their number, by one network call.
+        """The estimates of several ``(x, level, cond)``, all x of one shape but for their number, by one network call;
+        rows whose texts are of another length have a call of their own.
 
-        With ``rows`` the call has exactly so many: the rest is filled up with copies of the first. On a CPU a row's
+        With ``rows`` a call has exactly so many: the rest is filled up with copies of the first. On a CPU a row's
         result then does not depend on the others to the last bit, since the arithmetic of a row changes with the size
         of the batch alone.
         """
@@ -182,8 +187,8 @@ class Denoiser(nn.Module):
         for _, _, cond in questions:
             self._check_names(cond)
         xs, levels, conds = zip(*questions, strict=True)
-        together = {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
-        answers = self._ask(xs, levels, together, rows)[:count].split([len(x) for x in xs])
+        together = {} if self.conditions is None else self.conditions.join(conds)
+        answers = self._ask(xs, levels, together, rows).split([len(x) for x in xs])
         estimates = []
         for y, x, level in zip(answers, xs, levels, strict=True):
             y, variance = self._split(y, x)
@@ -193,21 +198,40 @@ class Denoiser(nn.Module):
     def _ask(
         self, xs: Sequence[Tensor], levels: Sequence[Level], cond: Mapping[str, Tensor], rows: int | None = None
     ) -> Tensor:
-        """One network call for several x, each at a level of its own, filled up to ``rows``."""
-        count = sum(len(x) for x in xs)
+        """What the network says of several x, each at a level of its own; see :meth:`together`."""
+        self._check_names(cond)
 
         def joined(parts: Sequence[Tensor]) -> Tensor:
-            more = [] if rows is None else [parts[0][:1].expand(rows - count, *parts[0].shape[1:])]
-            return torch.cat([*parts, *more]) if len(parts) + len(more) > 1 else parts[0]
+            return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
         numbers = torch.promote_types(xs[0].dtype, torch.float32)
         labels = [self.label(level).to(numbers).expand(len(x)) for x, level in zip(xs, levels, strict=True)]
         scaled = joined([combine((self.input_scale(level), x)) for x, level in zip(xs, levels, strict=True)])
-        encoded = self.encode({name: joined([values]) for name, values in cond.items()}, len(scaled))
+        said, groups = joined(labels), None if self.conditions is None else self.conditions.alike(cond)
+        if groups is None:
+            return self._call(scaled, said, cond, rows)
+        answers = [
+            self._call(scaled[each], said[each], {name: values[each] for name, values in cond.items()}, rows)
+            for each in groups
+        ]
+        order = torch.tensor([row for each in groups for row in each]).argsort()
+        return torch.cat(answers)[order.to(scaled.device)]
+
+    def _call(self, scaled: Tensor, label: Tensor, cond: Mapping[str, Tensor], rows: int | None) -> Tensor:
+        """One network call, filled up to ``rows``."""
+        count = len(scaled)
+
+        def filled(values: Tensor) -> Tensor:
+            more = 0 if rows is None else rows - count
+            return torch.cat([values, values[:1].expand(more, *values.shape[1:])]) if more else values
+
+        scaled = filled(scaled)
+        encoded = self.encode({name: filled(values) for name, values in cond.items()}, len(scaled))
         if (beside := encoded.pop("channels", None)) is not None:
             scaled = torch.cat([scaled, beside.to(scaled)], dim=1)
         dtype = next((p.dtype for p in self.network.parameters()), scaled.dtype)
-        return self.network(scaled.to(dtype), to_device(joined(labels), scaled.device), **encoded)
+        y = self.network(scaled.to(dtype), to_device(filled(label), scaled.device), **encoded)
+        return y if rows is None else y[:count]
 
     def _split(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The network's answer for ``x`` as ``(y, variance)``."""

@@ -94,12 +94,6 @@ class Level:
         """``log(alpha^2 / sigma^2)``; +inf at sigma = 0, -inf at alpha = 0."""
         return 2 * (self.alpha.log() - self.sigma.log())
 
-    def twice(self) -> Level:
-        """The level of a batch that is laid behind itself."""
-        if not self.t.ndim:
-            return self
-        return Level(self.t.repeat(2), self.alpha.repeat(2), self.sigma.repeat(2), self.path)
-
     @property
     def snr(self) -> Tensor:
         """``alpha^2 / sigma^2``, inf at sigma = 0."""

@@ -46,6 +46,7 @@ from .networks.layers import fold
 from .noise import Brownian, Streams
 from .objectives import TIMES, WEIGHTS, Times, Weight
 from .predictions import PREDICTIONS, Prediction
+from .prompts import AS_WRITTEN, PromptReading
 from .sampling import Frame, start, trajectory
 from .schedules import SCHEDULES, Schedule
 from .solvers import SOLVERS, DPMpp2M, Solver
@@ -122,6 +123,10 @@ class Sampling:
             refused for data without a range (trap S16).
         noise: ``independent`` numbers at every step, or increments of one ``brownian`` path a sample, with which more
             steps converge to the same sample (for stochastic solvers; about ten times the cost of the draw).
+        weighted_prompts: brackets in prompts weigh words, ``(word:1.3)`` (:func:`.prompts.weighted`); otherwise they
+            are brackets.
+        long_prompts: ``cut`` where the text encoder's window ends, with a warning, or read in several ``windows``.
+        clip_skip: how many of CLIP's last layers no text goes through, negative ones and the empty one included.
     """
 
     solver: Solver = field(default_factory=DPMpp2M)
@@ -132,6 +137,14 @@ class Sampling:
     guidance_rescale: float = 0.0
     threshold: Literal["none", "static", "dynamic"] = "none"
     noise: Literal["independent", "brownian"] = "independent"
+    weighted_prompts: bool = False
+    long_prompts: Literal["cut", "windows"] = "cut"
+    clip_skip: int = 0
+
+    @property
+    def reading(self) -> PromptReading:
+        """How prompts are read; raises for what is no way of reading."""
+        return PromptReading(self.weighted_prompts, self.long_prompts, self.clip_skip)
 
     @property
     def scale(self) -> Scale:
@@ -183,18 +196,19 @@ class Question:
     sampling: Sampling
 
     @cached_property
-    def asked(self) -> tuple[Tensor, Level, Mapping[str, Tensor]]:
-        """What the network must be asked for it: B rows; 2 B where guidance takes two, the conditional first."""
-        with_cond, without = self.sampling.halves(self.level)
-        if not (with_cond and without):
-            return self.x, self.level, self.cond if with_cond else self.against
-        both = {name: torch.cat([values, self.against[name]]) for name, values in self.cond.items()}
-        return torch.cat([self.x, self.x]), self.level.twice(), both
+    def asked(self) -> list[tuple[Tensor, Level, Mapping[str, Tensor]]]:
+        """What the network must be asked for it, B rows each: two where guidance takes two, the conditional first."""
+        halves = zip((self.cond, self.against), self.sampling.halves(self.level), strict=True)
+        return [(self.x, self.level, cond) for cond, taken in halves if taken]
 
-    def answer(self, estimate: Estimate) -> Estimate:
-        """The guided estimate from that of :meth:`asked`."""
-        count = len(self.x)
-        first, last = estimate[:count], estimate[-count:]
+    @property
+    def rows(self) -> int:
+        """Rows of a network call that it takes."""
+        return len(self.x) * len(self.asked)
+
+    def answer(self, estimates: Sequence[Estimate]) -> Estimate:
+        """The guided estimate from those of :meth:`asked`."""
+        first, last = estimates[0], estimates[-1]
         return guided(lambda x, level: first, lambda x, level: last, self.sampling)(self.x, self.level)
 
 
@@ -266,8 +280,8 @@ def checked_keep(keep: Tensor, image: Tensor) -> Tensor:
 def answer_together(denoiser: Denoiser, questions: Sequence[Question], rows: int | None = None) -> list[Estimate]:
     """The answers to several questions, each with guidance of its own, by one network call. ``rows``: see
     :meth:`.Denoiser.together`."""
-    estimates = denoiser.together([question.asked for question in questions], rows)
-    return [question.answer(estimate) for question, estimate in zip(questions, estimates, strict=True)]
+    estimates = iter(denoiser.together([half for question in questions for half in question.asked], rows))
+    return [question.answer([next(estimates) for _ in question.asked]) for question in questions]
 
 
 class Home(Protocol):
@@ -568,6 +582,10 @@ class Pipeline:
             raise UndiffuseError(
                 f"guidance scale {sampling.guidance_scale} asked of a model without conditions; leave it at 1"
             )
+        if sampling.reading != AS_WRITTEN and not self.takes_prompts:
+            raise UndiffuseError("weighted_prompts, long_prompts or clip_skip asked of a model without text")
+        for part in conditions.written.values() if conditions is not None else ():
+            part.follow(sampling.reading)
         if sampling.threshold != "none" and self.codec is not None:
             raise UndiffuseError(
                 f"threshold={sampling.threshold} asked of a model in latents, which have no range: leave threshold=none"
@@ -587,7 +605,8 @@ class Pipeline:
         self.check(cond, sampling)
 
         def denoise(x: Tensor, level: Level) -> Estimate:
-            question = Question(x, level, cond, against or self.denoiser.null(len(x)), sampling)
+            away = against or self.against(len(x), reading=sampling.reading)
+            question = Question(x, level, cond, away, sampling)
             return answer_together(self.denoiser, [question], rows)[0]
 
         return denoise
@@ -612,6 +631,7 @@ class Pipeline:
         classes: Sequence[int | None] | None,
         prompts: Sequence[str] | None = None,
         cond: Rows | None = None,
+        reading: PromptReading | None = None,
     ) -> dict[str, Tensor]:
         """The condition of each sample: sample i gets ``classes[i % len(classes)]`` and ``prompts[i % len(prompts)]``,
         and of any condition by name row i in turn of ``cond[name]`` (:meth:`.Conditions.read`): attributes by the names
@@ -619,14 +639,16 @@ class Pipeline:
 
         Without classes: every class in turn, or none in particular where anything else is asked for; a class of None
         asks for nothing in particular (the null class). Without prompts, or with an empty one: the null text.
+        ``reading``: of the prompts (:attr:`Sampling.reading`); None: as the default settings say.
         """
         conditions = self.denoiser.conditions
+        reading = self.sampling.reading if reading is None else reading
         usual = {} if conditions is None else conditions.usual(len(samples))
         asked: dict[str, Tensor] = {}
         for name, given in in_raw(self.spec, cond or {}).items():
             if conditions is None:
                 raise UndiffuseError(f"condition {name} asked of a model without conditions")
-            rows = conditions.read(name, given)
+            rows = conditions.read(name, given, reading)
             asked[name] = rows[torch.tensor([i % len(rows) for i in samples])].to(self.device)
         if prompts is not None:
             written = {} if conditions is None else conditions.written
@@ -637,8 +659,9 @@ class Pipeline:
             for name, part in written.items():
                 if name in asked:
                     raise UndiffuseError(f"{name} is given twice: as a prompt and as a condition")
-                rows = part.read(prompts)
+                rows = part.read(prompts, reading=reading)
                 asked[name] = rows[torch.tensor([i % len(prompts) for i in samples])].to(self.device)
+        usual, asked = self._skipping(usual, reading), self._skipping(asked, reading)
         if conditions is None or "classes" not in conditions.names:
             if classes:
                 raise UndiffuseError("classes asked of a model without classes")
@@ -658,15 +681,30 @@ class Pipeline:
         labels = torch.tensor([count if label is None else label for label in wanted], device=self.device)
         return {**usual, **asked, "classes": labels}
 
+    def _skipping(self, values: Mapping[str, Tensor], reading: PromptReading) -> dict[str, Tensor]:
+        """The same conditions, texts without the encoder's last layers if that is asked for."""
+        written = {} if self.denoiser.conditions is None else self.denoiser.conditions.written
+        there = {
+            name: part.skipping(values[name], reading.clip_skip) for name, part in written.items() if name in values
+        }
+        return {**values, **there}
+
     def against(
-        self, samples: int, label: int | None = None, prompt: str | None = None, cond: Rows | None = None
+        self,
+        samples: int,
+        label: int | None = None,
+        prompt: str | None = None,
+        cond: Rows | None = None,
+        reading: PromptReading | None = None,
     ) -> dict[str, Tensor]:
-        """What guidance leads away from: a class, a prompt, any conditions by name; what is not given is null."""
-        null = self.denoiser.null(samples)
+        """What guidance leads away from: a class, a prompt, any conditions by name; what is not given is null.
+        ``reading``: as for :meth:`conditions`."""
+        reading = self.sampling.reading if reading is None else reading
+        null = self._skipping(self.denoiser.null(samples), reading)
         if label is None and not prompt and not cond:
             return null
         classes = None if label is None else [label]
-        asked = self.conditions(range(samples), classes, [prompt] if prompt else None, cond)
+        asked = self.conditions(range(samples), classes, [prompt] if prompt else None, cond, reading)
         told = () if self.denoiser.conditions is None else self.denoiser.conditions.told
         return {**asked, **{name: null[name] for name in told if name not in (cond or {})}}
 
@@ -725,11 +763,11 @@ class Pipeline:
             if not seen:
                 wrap = partial(keep_known, known=self.encode(kept[0]), keep=self.kept(kept[1]))
         seen = {name: rows.expand(len(numbers), *rows.shape[1:]) for name, rows in seen.items()}
-        told = {**self.conditions(numbers, classes, prompts, cond), **seen}
+        told = {**self.conditions(numbers, classes, prompts, cond, sampling.reading), **seen}
         self.check(told, sampling)
         if (negative_prompt or against) and sampling.guidance_scale == 1:
             raise UndiffuseError("a negative prompt acts through guidance: set a guidance scale other than 1")
-        away = self.against(len(numbers), prompt=negative_prompt, cond=against)
+        away = self.against(len(numbers), prompt=negative_prompt, cond=against, reading=sampling.reading)
         if self.denoiser.conditions is not None:  # what is told holds on both sides
             both = {name for name in self.denoiser.conditions.told if name in {**(cond or {}), **seen}}
             both -= set(against or {})

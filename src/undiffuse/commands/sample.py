@@ -31,6 +31,7 @@ undiffuse sample runs/demo --out folder/           one PNG a sample
 undiffuse sample --from samples.png                the same picture again
 undiffuse sample runs/shapes --prompt "a red circle above a blue square"
 undiffuse sample runs/enlarge --beside small.png      a model of model.beside
+undiffuse sample models/sd --prompt "a (red:1.3) house" --weighted-prompts
 undiffuse sample runs/demo --solver ddpm --steps 250 --set noise=brownian
 """
 
@@ -65,6 +66,7 @@ def sample(
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = (),
     prompts: AnyPath | None = None,
     negative_prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None,
+    weighted_prompts: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     cond: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=ROW")] = (),
     against: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=ROW")] = (),
     beside: AnyPath | None = None,
@@ -94,6 +96,7 @@ def sample(
         prompt: What a model with text shall make; may be repeated. Sample i gets prompt i modulo how many there are.
         prompts: A text file with one prompt a line, after those of --prompt.
         negative_prompt: What guidance leads away from.
+        weighted_prompts: Brackets in prompts weigh words, `(word:1.3)`, `(word)`, `[word]`: of models of diffusers.
         cond: Any condition by name: `attributes=manx,none`, `breed=manx`, `age=3` in the data's own units, or
             `place=0.1,0.2` as the model takes it; may be repeated. Sample i gets row i modulo how many there are.
         against: What guidance leads away from, any condition by name: `classes=3`.
@@ -112,8 +115,8 @@ def sample(
             them. Points: a .csv. (Default: samples, as what the data is.)
         from_: A PNG made by this command: make it again, except for the options that are given.
         device: auto, cpu, cuda, mps.
-        set: Change one more sampling setting, such as threshold=static, noise=brownian, guidance_interval=0.2,5 or
-            solver.eta=0.5; may be repeated.
+        set: Change one more sampling setting, such as threshold=static, noise=brownian, guidance_interval=0.2,5,
+            solver.eta=0.5, long_prompts=windows or clip_skip=1; may be repeated.
 
     Raises:
         UndiffuseError: a model that cannot be loaded, an option out of range, a name that does not exist.
@@ -133,6 +136,7 @@ def sample(
         "classes": classes,
         "prompt": [*prompt, *read_prompts(prompts)] or None,
         "negative_prompt": negative_prompt,
+        "weighted_prompts": weighted_prompts or None,
         "cond": list(cond) or None,
         "against": list(against) or None,
         "beside": None if beside is None else str(beside),
@@ -160,7 +164,8 @@ def sample(
                 warnings.warn(
                     f"{from_} was made by other weights: expect another picture", UndiffuseWarning, stacklevel=2
                 )
-            changes = {name: options[name] for name in ("solver", "steps", "grid", "guidance_scale") if name in options}
+            of_sampling = ("solver", "steps", "grid", "guidance_scale", "weighted_prompts")
+            changes = {name: options[name] for name in of_sampling if name in options}
             settings = pipeline.settings(made["sampling"] if made else None, **changes)
             settings = override(settings, options.get("set", ()), REGISTRIES)
             count, seed, batch = options.get("number", 64), options.get("seed", 0), options.get("batch_size", BATCH)

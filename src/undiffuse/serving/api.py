@@ -80,6 +80,9 @@ class How(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**63, description="sample i is a function of the seed and i")
     solver: str | None = Field(None, max_length=100, description="how to walk from noise to data")
     grid: str | None = Field(None, max_length=100, description="which noise levels to visit")
+    weighted_prompts: bool | None = Field(None, description="whether brackets weigh words: (word:1.3), (word), [word]")
+    long_prompts: Literal["cut", "windows"] | None = Field(None, description="windows: nothing of a long prompt is cut")
+    clip_skip: int | None = Field(None, ge=0, le=100, description="how many of CLIP's last layers are left out")
     class_labels: int | list[int] | None = Field(None, description="class numbers; sample i gets number i modulo them")
 
 
@@ -200,6 +203,9 @@ def sampling_of(form: How, pipeline: Pipeline, limits: Limits) -> Sampling:
         ("grid", "grid"),
         ("num_inference_steps", "steps"),
         ("guidance_scale", "guidance_scale"),
+        ("weighted_prompts", "weighted_prompts"),
+        ("long_prompts", "long_prompts"),
+        ("clip_skip", "clip_skip"),
     ):
         value = getattr(form, field)
         if value is not None:
@@ -253,7 +259,7 @@ def against_of(form: How, pipeline: Pipeline, sampling: Sampling) -> int | None:
     return chosen[0]
 
 
-def texts_of(form: How, prompt: str, pipeline: Pipeline) -> dict[str, Any]:
+def texts_of(form: How, prompt: str, pipeline: Pipeline, sampling: Sampling) -> dict[str, Any]:
     """What a model with text is asked for, and what guidance leads it away from."""
     conditions = pipeline.denoiser.conditions
     if conditions is None or not conditions.written:
@@ -261,9 +267,9 @@ def texts_of(form: How, prompt: str, pipeline: Pipeline) -> dict[str, Any]:
     for field, text in (("prompt", prompt), ("negative_prompt", form.negative_prompt or "")):
         for part in conditions.written.values():
             try:
-                part.check_length(text)
+                part.check_length(text, sampling.reading)
             except UndiffuseError as error:
-                raise Refused(400, str(error), field, "too_large") from None
+                raise Refused(400, str(error), field, "invalid_value") from None
     return {"prompts": [prompt], "negative_prompt": form.negative_prompt}
 
 

@@ -233,8 +233,8 @@ class Engine:
         if request.keep is not None and request.image is None:
             raise UndiffuseError("a mask needs the image that it keeps")
         # All that can be wrong is wrong here and not on the engine's thread; the noise of the rest is drawn there.
-        pipeline.conditions(request.samples, request.classes, request.prompts)
-        pipeline.against(1, request.against, request.negative_prompt)
+        pipeline.conditions(request.samples, request.classes, request.prompts, reading=sampling.reading)
+        pipeline.against(1, request.against, request.negative_prompt, reading=sampling.reading)
         begun = self._start(replace(request, samples=request.samples[:1]))
         calls = (len(begun.levels) - 1) * sampling.solver.calls + sampling.solver.extra
         with self._changed:
@@ -429,7 +429,7 @@ class Engine:
         loaded = self.models[batch[0].request.model]
         pipeline = loaded.pipeline
         questions = [job.question for job in batch if job.question is not None]
-        rows = sum(len(question.asked[0]) for question in questions)
+        rows = sum(question.rows for question in questions)
         begun = time.monotonic()
         try:
             with torch.no_grad():

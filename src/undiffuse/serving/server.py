@@ -675,7 +675,7 @@ def _asked(
         seed=api.seed_of(form),
         classes=api.classes_of(form, prompt, pipeline, count),
         against=api.against_of(form, pipeline, sampling),
-        **api.texts_of(form, prompt, pipeline),
+        **api.texts_of(form, prompt, pipeline, sampling),
         seconds=_left(service, request),
         **more,
     )

@@ -356,7 +356,7 @@ class Studio:
         conditions = pipeline.denoiser.conditions
         for text_name, part in conditions.written.items() if conditions is not None else ():
             for text in (*form.cond.get(text_name, ()), *form.against.get(text_name, ())):
-                part.check_length(text if isinstance(text, str) else "")
+                part.check_length(text if isinstance(text, str) else "", sampling.reading)
         ask = labs.Ask(sampling, numbers, form.seed, form.cond, form.against)
         pipeline.conditions(numbers, None, cond=ask.cond)
         pipeline.against(1, cond=ask.against)

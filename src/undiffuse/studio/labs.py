@@ -81,8 +81,8 @@ class Trace:
 def begin(pipeline: Pipeline, ask: Ask, x: Tensor | None = None, levels: Sequence[Level] | None = None) -> Walk:
     """The walk that ``ask`` describes: from noise at the grid's first level, or from ``x`` along ``levels``."""
     sampling = ask.sampling
-    cond = pipeline.conditions(ask.numbers, None, cond=ask.cond)
-    against = pipeline.against(len(ask.numbers), cond=ask.against)
+    cond = pipeline.conditions(ask.numbers, None, cond=ask.cond, reading=sampling.reading)
+    against = pipeline.against(len(ask.numbers), cond=ask.against, reading=sampling.reading)
     pipeline.check(cond, sampling)
     noise = Streams(ask.seed, ask.numbers)
     path = sampling.grid.levels(pipeline.config.schedule, sampling.steps) if levels is None else levels
@@ -204,7 +204,7 @@ def recognised(
     """The share of samples ``[B, *spec.shape]`` that the model itself takes for what was asked: for each rival the
     error of its x0 estimate at three levels with the same noise; the least wins (Li et al. 2023, arXiv:2303.16203). The
     rivals of a class are the other classes; of anything else, nothing in particular. None where nothing was asked."""
-    null = pipeline.denoiser.null(len(x))
+    null = pipeline.against(len(x))
     if "classes" in cond and bool((cond["classes"] != null["classes"]).any()):
         rivals = [{**cond, "classes": torch.full_like(cond["classes"], k)} for k in range(int(null["classes"][0]))]
         asked, wanted = cond["classes"] != null["classes"], cond["classes"]

@@ -102,6 +102,7 @@ class Parts:
         layer: int | None = None,
         pooled: str | None = None,
         masked: bool = False,
+        skips: bool = False,
     ) -> Reader:
         """The text encoder ``text_encoder`` + number with its tokenizer; ``places``: tokens of a text, None: as many as
         it reads."""
@@ -131,7 +132,7 @@ class Parts:
         self.tokenizers[words] = tokenizer
         room = int(getattr(model.config, "max_position_embeddings", 0) or 512)  # type: ignore[union-attr]
         places = min(int(tokenizer.model_max_length), room) if places is None else places
-        return Reader(tokenizer, model, places, layer, pooled, masked)
+        return Reader(tokenizer, model, places, layer, pooled, masked, skips)
 
 
 def read_any(folder: Folder, part: str, name: str) -> None:
@@ -233,7 +234,7 @@ def stable_diffusion(parts: Parts) -> Made:
 
     network, codec = parts.network("unet", ["UNet2DConditionModel"], layout), parts.codec()
     masked = bool(parts.folder.json("text_encoder", "config.json").get("use_attention_mask", False))
-    texts = Texts({"text_encoder": parts.reader(masked=masked)}, alone, network.layout)
+    texts = Texts({"text_encoder": parts.reader(masked=masked, skips=True)}, alone, network.layout, windows=True)
     consistent, distilled = parts.folder.family.startswith("LatentConsistency"), "guidance" in network.layout.sizes
     told = guidance(network, 8.5 if consistent else 7.5)
     return Made(
@@ -273,11 +274,13 @@ def stable_diffusion_xl(parts: Parts) -> Made:
     network, codec = parts.network("unet", ["UNet2DConditionModel"], layout), parts.codec()
     names = [number for number in ("", "_2") if parts.has(f"text_encoder{number}")]
     readers = {
-        f"text_encoder{number}": parts.reader(number, layer=-2, pooled="text_embeds" if number == "_2" else None)
+        f"text_encoder{number}": parts.reader(
+            number, layer=-2, pooled="text_embeds" if number == "_2" else None, skips=True
+        )
         for number in names
     }
     zeros = bool(parts.folder.options.get("force_zeros_for_empty_prompt", True))
-    texts = Texts(readers, side_by_side, network.layout, zeros=zeros)
+    texts = Texts(readers, side_by_side, network.layout, zeros=zeros, windows=True)
     distilled = guidance(network, 7.5)
 
     def told(size: Size) -> dict[str, Condition]:
@@ -305,7 +308,10 @@ def stable_diffusion_3(parts: Parts) -> Made:
         return Layout({"pooled": int(options["pooled_projection_dim"])})
 
     network, codec = parts.network("transformer", ["SD3Transformer2DModel"], layout), parts.codec()
-    readers = {f"text_encoder{number}": parts.reader(number, layer=-2, pooled="text_embeds") for number in ("", "_2")}
+    readers = {
+        f"text_encoder{number}": parts.reader(number, layer=-2, pooled="text_embeds", skips=True)
+        for number in ("", "_2")
+    }
     arrange: Arrange = clips_then_t5
     if parts.has("text_encoder_3"):
         readers["text_encoder_3"] = parts.reader("_3", places=256)

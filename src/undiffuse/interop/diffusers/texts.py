@@ -1,7 +1,9 @@
 """The conditions of diffusers' pipelines: texts, and numbers that are told beside them.
 
-A text's raw values are the tokens of every encoder in a row, each plus 1 so that 0 is padding, without marks; what the
-encoders make of a row is kept, so that a text is read once and not at every step.
+A text's raw values are one number, how many layers are left out (CLIP skip), and then a *window* or several: the
+tokens of every encoder in a row, each plus 1 so that 0 is padding, with its weight (:func:`.prompts.heavy`), without
+marks. All that decides what the encoders say of a text is in its row; so what they say is kept by it, and a text is
+read once and not at every step.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, final
@@ -20,10 +22,13 @@ from torch import Tensor, nn
 
 from ...conditions import Condition, Embedded, Written
 from ...errors import UndiffuseError, UndiffuseWarning
+from ...prompts import AS_WRITTEN, HEAVIEST, PromptReading, heavy, tokens_of, weighted, weights_of
 from .networks import Layout, Seats
 
 KEPT = 64
 """Texts of which the embedding is kept, the last ones used."""
+MOST_WINDOWS = 32
+"""Of one text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +49,24 @@ class Reader(nn.Module):
         pooled: the name of its output for the text as a whole; None: there is none.
         places: tokens of a text, marks and padding included.
         masked: whether padding is hidden from the encoder.
+        skips: whether its last layers may be left out.
     """
 
     def __init__(
-        self, tokenizer: Any, model: nn.Module, places: int, layer: int | None, pooled: str | None, masked: bool
+        self,
+        tokenizer: Any,
+        model: nn.Module,
+        places: int,
+        layer: int | None,
+        pooled: str | None,
+        masked: bool,
+        skips: bool = False,
     ) -> None:
         super().__init__()
         self.tokenizer, self.model, self.seats = tokenizer, model, Seats()
         self.places, self.layer, self.pooled, self.masked = places, layer, pooled, masked
+        layers = int(model.config.num_hidden_layers)  # type: ignore[union-attr]
+        self.most_skipped = layers + (-1 if layer is None else layer) if skips else 0
         word, marked = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
         first = next((i for i in range(len(marked)) if marked[i : i + len(word)] == word), None)
         if first is None or tokenizer.pad_token_id is None:
@@ -69,22 +84,55 @@ class Reader(nn.Module):
         """Of the words, without marks."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text.strip() else []
 
+    def weighed(self, text: str, weights: Sequence[float]) -> list[float]:
+        """A weight for each of :meth:`tokens`, from one for each character: that of a token's last one."""
+        if not text.strip():
+            return []
+        if not self.tokenizer.is_fast:
+            raise UndiffuseError(
+                "weighted prompts need a tokenizer that says where its tokens stand; this one does not"
+            )
+        said = self.tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        return [weights[max(0, end - 1)] for _, end in said["offset_mapping"]]
+
     def text(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens)))
 
+    def forward(self, words: Sequence[int], weights: Tensor | None = None, skip: int = 0) -> Said:
+        """What the encoder says of a text, given its words.
+
+        ``skip``: how many of the last layers are left out. ``weights [len(words)]``: each word's place becomes ``h0 + w
+        (h - h0)``, where h is what the encoder says there and h0 what it says there of the empty text. The marks and
+        the text as a whole are as they are.
+        """
+        said = self.said(words, min(skip, self.most_skipped))
+        if weights is None or bool((weights == 1).all()):
+            return said
+        nothing = self.said((), min(skip, self.most_skipped)).tokens
+        each = torch.ones(self.places)
+        each[len(self.before) : len(self.before) + len(words)] = weights
+        tokens = torch.lerp(nothing.float(), said.tokens.float(), each[:, None].to(nothing.device))
+        return Said(tokens.to(nothing.dtype), said.pooled, said.mask)
+
     @torch.no_grad()
-    def forward(self, words: Sequence[int]) -> Said:
-        """What the encoder says of a text, given its words."""
+    def said(self, words: Sequence[int], skip: int) -> Said:
+        """What it says of words of no special weight. Where the last hidden state is normed, an earlier one is too."""
         row = [*self.before, *words, *self.after]
         mask = torch.arange(self.places) < len(row)
         with self.seats(self.model) as device:
             said = self.model(
                 input_ids=torch.tensor([row + [self.pad] * (self.places - len(row))], device=device),
                 attention_mask=mask[None].long().to(device) if self.masked else None,
-                output_hidden_states=self.layer is not None,
+                output_hidden_states=self.layer is not None or skip > 0,
             )
+            if self.layer is not None:
+                tokens = said.hidden_states[self.layer - skip]
+            elif skip:
+                norm = next(part for name, part in self.model.named_modules() if name.endswith("final_layer_norm"))
+                tokens = norm(said.hidden_states[-1 - skip])
+            else:
+                tokens = said.last_hidden_state
         home = torch.device("cpu") if self.seats.device is not None else device
-        tokens = said.last_hidden_state if self.layer is None else said.hidden_states[self.layer]
         pooled = None if self.pooled is None else said[self.pooled][0].to(home)
         return Said(tokens[0].to(home), pooled, mask.to(home))
 
@@ -97,6 +145,14 @@ Arrange = Callable[[Sequence[Said]], Said]
 def alone(said: Sequence[Said]) -> Said:
     """One encoder."""
     return said[0]
+
+
+def one_after_another(windows: Sequence[Said]) -> Said:
+    """Several windows of one text; the text as a whole is the first one's."""
+    first, *rest = windows
+    if not rest:
+        return first
+    return Said(torch.cat([each.tokens for each in windows]), first.pooled, torch.cat([each.mask for each in windows]))
 
 
 def side_by_side(said: Sequence[Said]) -> Said:
@@ -139,6 +195,7 @@ class Texts(Written):
         layout: of the network's vector, in which ``pooled`` may have a place.
         zeros: the null text is zeros (SDXL); otherwise it is the empty text, read like any other.
         lower: texts are lowered and stripped first (PixArt).
+        windows: whether the network takes a text of several windows.
     """
 
     def __init__(
@@ -148,12 +205,16 @@ class Texts(Written):
         layout: Layout,
         zeros: bool = False,
         lower: bool = False,
+        windows: bool = False,
     ) -> None:
         super().__init__()
         self.readers = nn.ModuleDict(readers)
         self.names, self.arrange, self.layout = tuple(readers), arrange, layout
-        self.zeros, self.lower = zeros, lower
-        self.length = sum(self.reader(name).words for name in self.names)
+        self.zeros, self.lower, self.windows = zeros, lower, windows
+        self.sizes = [self.reader(name).words for name in self.names]
+        self.window = sum(self.sizes)
+        self.length = 1 + self.window
+        self.most_skipped = min((most for name in self.names if (most := self.reader(name).most_skipped)), default=0)
         self.kept: OrderedDict[bytes, Said] = OrderedDict()
 
     def reader(self, name: str) -> Reader:
@@ -171,69 +232,143 @@ class Texts(Written):
     def text(self, tokens: Sequence[int]) -> str:
         return self.reader(self.names[0]).text([token - 1 for token in tokens if token])
 
-    def read(self, texts: Sequence[str], captions: bool = False) -> Tensor:
-        """As :meth:`.Written.read`; each encoder cuts at its own length."""
-        rows = torch.zeros(len(texts), self.length, dtype=torch.int64)
-        for row, text in zip(rows, texts, strict=True):
-            begin, text = 0, text.lower().strip() if self.lower else text
-            for name in self.names:
-                reader = self.reader(name)
-                tokens = reader.tokens(text)
-                if len(tokens) > reader.words and not (captions and self.has_cut):
-                    self.has_cut = True
-                    cut = reader.text(tokens[reader.words :])
-                    warnings.warn(
-                        f"the text has {len(tokens)} tokens, {name} reads {reader.words}: cut was {cut[:200]!r}",
-                        UndiffuseWarning,
-                        stacklevel=2,
-                    )
-                tokens = tokens[: reader.words]
-                row[begin : begin + len(tokens)] = torch.tensor(tokens, dtype=torch.int64) + 1
-                begin += reader.words
-        return rows
-
-    def check_length(self, text: str) -> None:
-        """As :meth:`.Written.check_length`, for a text that none of the encoders reads to its end."""
-        text = text.lower().strip() if self.lower else text
-        counts = {name: len(self.reader(name).tokens(text)) for name in self.names}
-        if all(count > self.reader(name).words for name, count in counts.items()):
-            name = max(self.names, key=lambda each: self.reader(each).words)
+    def follow(self, reading: PromptReading) -> None:
+        """As :meth:`.Written.follow`."""
+        if reading.long == "windows" and not self.windows:
+            longest = max(self.sizes)
             raise UndiffuseError(
-                f"the text has {counts[name]} tokens, this model reads {self.reader(name).words}: make it shorter"
+                f"long_prompts=windows is for networks that read CLIP alone; this one's texts have {longest} tokens"
             )
+        if reading.clip_skip > self.most_skipped:
+            most = f"leave out at most {self.most_skipped}" if self.most_skipped else "none can be left out here"
+            raise UndiffuseError(f"clip_skip={reading.clip_skip} of the layers of {', '.join(self.names)}: {most}")
+
+    def skipping(self, values: Tensor, layers: int) -> Tensor:
+        values = values.clone()
+        values[:, 0] = layers
+        return values
+
+    def read(self, texts: Sequence[str], captions: bool = False, reading: PromptReading = AS_WRITTEN) -> Tensor:
+        """As :meth:`.Written.read`; each encoder cuts at its own length."""
+        self.follow(reading)
+        rows = self.join([self.row(text, reading, captions) for text in texts])
+        return self.skipping(rows, reading.clip_skip)
+
+    def row(self, text: str, reading: PromptReading, captions: bool) -> Tensor:
+        """``[1, 1 + windows * window]``: one text, without the layers that are left out."""
+        read = self.words(text, reading)
+        if reading.long == "cut":
+            for name, size in zip(self.names, self.sizes, strict=True):
+                if len(read[name]) > size and not (captions and self.has_cut):
+                    self.has_cut = True
+                    cut = self.reader(name).text((tokens_of(read[name][size:]) - 1).tolist())
+                    warnings.warn(
+                        f"the text has {len(read[name])} tokens, {name} reads {size}: cut was {cut[:200]!r}",
+                        UndiffuseWarning,
+                        stacklevel=4,
+                    )
+        count = self.windows_of(read) if reading.long == "windows" else 1
+        parts = []
+        for name, size in zip(self.names, self.sizes, strict=True):
+            words = read[name][: count * size]
+            parts.append(F.pad(words, (0, count * size - len(words))).unflatten(0, (count, size)))
+        return F.pad(torch.cat(parts, dim=1).flatten(), (1, 0))[None]
+
+    def words(self, text: str, reading: PromptReading) -> dict[str, Tensor]:
+        """All tokens of a text with their weights, for each encoder, as they stand in rows."""
+        text = text.lower().strip() if self.lower else text
+        plain, weights = weighted(text) if reading.weighted else (text, None)
+        read = {}
+        for name in self.names:
+            reader = self.reader(name)
+            tokens = [1 + token for token in reader.tokens(plain)]
+            read[name] = heavy(tokens, None if weights is None else reader.weighed(plain, weights))
+        return read
+
+    def windows_of(self, read: Mapping[str, Tensor]) -> int:
+        """How many windows a text takes, at least one."""
+        count = max(1, *(-(-len(read[name]) // size) for name, size in zip(self.names, self.sizes, strict=True)))
+        if count > MOST_WINDOWS:
+            raise UndiffuseError(f"the text takes {count} windows, at most {MOST_WINDOWS} are read: make it shorter")
+        return count
+
+    def check_length(self, text: str, reading: PromptReading = AS_WRITTEN) -> None:
+        """As :meth:`.Written.check_length`, for a text that none of the encoders reads to its end."""
+        self.follow(reading)
+        read = self.words(text, reading)
+        if reading.long == "windows":
+            self.windows_of(read)
+        elif all(len(read[name]) > size for name, size in zip(self.names, self.sizes, strict=True)):
+            size, name = max(zip(self.sizes, self.names, strict=True))
+            raise UndiffuseError(f"the text has {len(read[name])} tokens, this model reads {size}: make it shorter")
 
     def check(self, values: Tensor) -> Tensor:
-        values = super().check(values)
-        for name, part in zip(
-            self.names, values.split([self.reader(name).words for name in self.names], 1), strict=True
+        if (
+            values.dtype != torch.int64
+            or values.ndim != 2
+            or values.shape[1] <= 1
+            or (values.shape[1] - 1) % self.window
         ):
+            raise UndiffuseError(
+                f"texts must be int64 [B, 1 + windows * {self.window}], got {values.dtype} {list(values.shape)}"
+            )
+        if not self.windows and values.shape[1] != self.length:
+            raise UndiffuseError(f"this network reads one window, got {list(values.shape)}, not [B, {self.length}]")
+        if bool(((values[:, 0] < 0) | (values[:, 0] > self.most_skipped)).any()):
+            raise UndiffuseError(f"a text leaves out layers that are not there: at most {self.most_skipped} can be")
+        words = values[:, 1:].unflatten(1, (-1, self.window))
+        if bool((words < 0).any()) or not bool((weights_of(words) <= HEAVIEST).all()):
+            raise UndiffuseError(f"a token's weight is not from 0 to {HEAVIEST:g}: these are no texts")
+        for name, part in zip(self.names, words.split(self.sizes, 2), strict=True):
             count = int(self.reader(name).model.config.vocab_size)  # type: ignore[union-attr]
-            if bool(((part < 0) | (part > count)).any()):
+            if bool((tokens_of(part) > count).any()):
                 raise UndiffuseError(f"a token is not one of the {count} of {name}: they are another model's")
         return values
 
+    def join(self, rows: Sequence[Tensor]) -> Tensor:
+        """As :meth:`.Condition.join`; a text is the same with windows behind it in which nothing is."""
+        longest = max(each.shape[1] for each in rows)
+        return torch.cat([F.pad(each, (0, longest - each.shape[1])) for each in rows])
+
+    def counts(self, values: Tensor) -> list[int] | None:
+        """As :meth:`.Condition.counts`: the windows of each text."""
+        if values.shape[1:] == (self.length,):
+            return None
+        there = self.check(values)[:, 1:].unflatten(1, (-1, self.window)).ne(0).any(2)
+        last = there * torch.arange(1, 1 + there.shape[1], device=there.device)
+        return last.amax(1).clamp(min=1).tolist()
+
     def embed(self, values: Tensor) -> Embedded:
-        said = [self.said(row) for row in values.cpu()]
+        """Of texts that have equally many windows."""
+        windows = max(self.counts(values) or [1])
+        said = [self.said(row) for row in values[:, : 1 + windows * self.window].cpu()]
         tokens, mask = torch.stack([each.tokens for each in said]), torch.stack([each.mask for each in said])
         pooled = [each.pooled for each in said if each.pooled is not None]
         vector = self.layout.put("pooled", torch.stack(pooled).float()) if "pooled" in self.layout.sizes else None
         return Embedded(vector, tokens, mask)
 
     def said(self, row: Tensor) -> Said:
-        """What is said of one row of tokens, kept."""
+        """What is said of one row, kept."""
         key = row.numpy().tobytes()
         said = self.kept.pop(key, None)
         if said is None:
-            parts = row.split([self.reader(name).words for name in self.names])
-            words = [[token - 1 for token in part.tolist() if token] for part in parts]
-            said = self.arrange([self.reader(name)(each) for name, each in zip(self.names, words, strict=True)])
-            if self.zeros and not any(words):
+            skip, windows = int(row[0]), row[1:].unflatten(0, (-1, self.window))
+            said = one_after_another([self.arrange(self.each_says(window, skip)) for window in windows])
+            if self.zeros and not bool(windows.any()):
                 pooled = None if said.pooled is None else torch.zeros_like(said.pooled)
                 said = Said(torch.zeros_like(said.tokens), pooled, said.mask)
         self.kept[key] = said
         while len(self.kept) > KEPT:
             self.kept.popitem(last=False)
         return said
+
+    def each_says(self, window: Tensor, skip: int) -> list[Said]:
+        """What each encoder says of its part of a window."""
+        parts = zip(self.names, window.split(self.sizes), strict=True)
+        words = {name: part[part != 0] for name, part in parts}
+        return [
+            self.reader(name)((tokens_of(each) - 1).tolist(), weights_of(each), skip) for name, each in words.items()
+        ]
 
     def _apply(self, *given: Any, **options: Any) -> Texts:
         self.kept.clear()  # what is kept lies where the encoders lay
