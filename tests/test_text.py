@@ -233,10 +233,10 @@ def test_a_server_s_prompts_are_the_pipeline_s() -> None:
     sampling = api.sampling_of(form, made, api.Limits())
     assert api.classes_of(form, form.prompt, made, 2) is None
     assert api.against_of(form, made, sampling) is None
-    asked = api.texts_of(form, form.prompt, made)
+    asked = api.texts_of(form, form.prompt, made, made.sampling)
     with Engine({"m": made}, rows=8) as engine:
         with pytest.raises(api.Refused, match="this model reads"):  # nobody would see the warning
-            api.texts_of(api.Samples(negative_prompt="a red circle " * 40), "", made)
+            api.texts_of(api.Samples(negative_prompt="a red circle " * 40), "", made, made.sampling)
         requests = [Request("m", sampling, samples=range(2), seed=3, **asked), Request("m", sampling, prompts=PROMPTS)]
         served = [engine.run(each) for each in requests]
     assert torch.allclose(served[0], made.draw(2, seed=3, sampling=sampling, **asked), atol=1e-3)
