@@ -202,7 +202,14 @@ def sd(kind: str = "StableDiffusionPipeline", schedule: Any = None, **options: A
     )
 
 
-def sdxl(kind: str = "StableDiffusionXLPipeline", schedule: Any = None, refiner: bool = False, **options: Any) -> Any:
+def sdxl(
+    kind: str = "StableDiffusionXLPipeline",
+    schedule: Any = None,
+    refiner: bool = False,
+    width: int = 16,
+    **options: Any,
+) -> Any:
+    """``width``: of the second encoder; the converters of one file tell the two apart by it."""
     import diffusers
 
     numbers = 5 if refiner else 6
@@ -212,13 +219,13 @@ def sdxl(kind: str = "StableDiffusionXLPipeline", schedule: Any = None, refiner:
         first |= {"force_zeros_for_empty_prompt": False}
     return getattr(diffusers, kind)(
         vae=vae(),
-        text_encoder_2=clip(projected=True, seed=7),
+        text_encoder_2=clip(projected=True, width=width, seed=7),
         tokenizer_2=clip_tokenizer("!"),
         unet=unet(
-            cross_attention_dim=16 if refiner else 32,
+            cross_attention_dim=width if refiner else 16 + width,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=16 + 8 * numbers,
+            projection_class_embeddings_input_dim=width + 8 * numbers,
             use_linear_projection=True,
             **options,
         ),
@@ -364,11 +371,13 @@ def ldm() -> Any:
     return diffusers.LDMPipeline(vqvae=vqvae, unet=pixels(), scheduler=latent_scheduler())
 
 
-# --- The names of CompVis ---------------------------------------------------------------------------------------------
+# --- The names of CompVis, Stability and OpenCLIP ---------------------------------------------------------------------
 
 UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -428,11 +437,48 @@ def vae_name(name: str, levels: int = 3) -> str:
     return re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{levels - 1 - int(m[1])}.upsample", name)
 
 
-def in_one(pipeline: Any) -> dict[str, torch.Tensor]:
-    """The weights of :func:`sd` as a checkpoint in one file has them."""
+OPEN_CLIP = {
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm": "ln_final",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn": "attn",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a text encoder in the code that those of Stable Diffusion 2 and SDXL's second one come from."""
+    one = {"logit_scale": torch.tensor(4.6)}
+    if (projection := state.pop("text_projection.weight", None)) is not None:
+        one["text_projection"] = projection.T.contiguous()
+    for name in [name for name in state if ".q_proj." in name]:
+        rows = [state.pop(name.replace("q_proj", each)) for each in ("q_proj", "k_proj", "v_proj")]
+        state[name.replace("q_proj.", "in_proj_")] = torch.cat(rows)
+    for name, tensor in state.items():
+        for ours, original in OPEN_CLIP.items():
+            name = name.replace(ours, original)
+        one[name] = tensor
+    return one
+
+
+def in_one(pipeline: Any, opened: bool = False) -> dict[str, torch.Tensor]:
+    """The weights of :func:`sd` or :func:`sdxl` as a checkpoint in one file has them; ``opened``: the text encoder's as
+    Stable Diffusion 2 has them."""
     one = {f"model.diffusion_model.{unet_name(name)}": tensor for name, tensor in pipeline.unet.state_dict().items()}
     for name, tensor in pipeline.vae.state_dict().items():
         name = vae_name(name)
         one[f"first_stage_model.{name}"] = tensor[..., None, None] if "attn_1" in name and tensor.ndim == 2 else tensor
-    text = pipeline.text_encoder.state_dict().items()
-    return one | {f"cond_stage_model.transformer.text_model.{name}": tensor for name, tensor in text}
+    texts = ["cond_stage_model"]
+    if second := getattr(pipeline, "text_encoder_2", None):
+        texts = ["conditioner.embedders.0", "conditioner.embedders.1"][: 1 + (pipeline.text_encoder is not None)]
+        named = open_clip(dict(second.state_dict())).items()
+        one |= {f"{texts[-1]}.model.{name}": tensor for name, tensor in named}
+    if first := pipeline.text_encoder:
+        state = {f"text_model.{name}": tensor for name, tensor in first.state_dict().items()}
+        kind, state = ("model", open_clip(state)) if opened else ("transformer", state)
+        one |= {f"{texts[0]}.{kind}.{name}": tensor for name, tensor in state.items()}
+    return one

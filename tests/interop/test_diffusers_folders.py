@@ -523,6 +523,47 @@ def test_a_checkpoint_in_one_file_is_the_folder(saved: Path, tmp_path: Path) -> 
         Pipeline.load(path, config=config)
 
 
+ONE_FILE = {
+    "sdxl": lambda: tiny.sdxl(width=24),
+    "refiner": lambda: tiny.sdxl("StableDiffusionXLImg2ImgPipeline", refiner=True),
+    "sdxl_inpaint": lambda: tiny.sdxl("StableDiffusionXLInpaintPipeline", width=24, in_channels=9),
+    "sd2": tiny.sd,
+    "sd_inpaint": lambda: tiny.sd("StableDiffusionInpaintPipeline", in_channels=9),
+}
+
+
+@pytest.mark.parametrize("name", ONE_FILE)
+def test_a_checkpoint_in_one_file_of_another_family(tmp_path: Path, name: str) -> None:
+    theirs = ONE_FILE[name]()
+    theirs.save_pretrained(tmp_path / "folder")
+    (tmp_path / "one.safetensors").write_bytes(b"".join(pieces(tiny.in_one(theirs, name == "sd2"), {"format": "pt"})))
+    shutil.copytree(tmp_path / "folder", tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors"))
+    ours = Pipeline.load(tmp_path / "one.safetensors", config=tmp_path / "config")
+    folder = Pipeline.load(tmp_path / "folder")
+    assert ours.fingerprint == folder.fingerprint
+    assert ours.sampling == folder.sampling
+
+
+LOST = (
+    "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.weight",
+    "cond_stage_model.transformer.text_model.final_layer_norm.bias",
+    "first_stage_model.decoder.norm_out.bias",
+    "model.diffusion_model.out.0.weight",
+)
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_LD5_what_one_file_does_not_hold_is_not_made_up(saved: Path, tmp_path: Path, lost: str) -> None:
+    """The converters leave what is missing as it was drawn at random."""
+    one = tiny.in_one(tiny.sd())
+    del one[lost]
+    (tmp_path / "one.safetensors").write_bytes(b"".join(pieces(one, {"format": "pt"})))
+    config = shutil.copytree(saved, tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(UndiffuseError, match="cannot be read as the StableDiffusionPipeline"):
+        Pipeline.load(tmp_path / "one.safetensors", config=config)
+    assert torch.nn.Module.load_state_dict.__module__ == "torch.nn.modules.module"
+
+
 # --- The Hub ----------------------------------------------------------------------------------------------------------
 
 

@@ -6,13 +6,14 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...conditions import Condition, Conditions
 from ...config import from_json, load_json, write_bytes_atomic
@@ -90,7 +91,7 @@ def single_file(
     nothing = {part: None for part in folder.parts if part in LEFT_OUT}
     with tempfile.TemporaryDirectory() as place:
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), nothing_missing():
                 read = made.from_single_file(
                     str(path), config=str(folder.path), local_files_only=True, torch_dtype=dtype, **nothing
                 )
@@ -99,6 +100,26 @@ def single_file(
             said = line_of(error)
             raise UndiffuseError(f"{path}: cannot be read as the {folder.family} of {config} ({said})") from None
         return assemble(Folder(Path(place)), device, dtype, offload)
+
+
+@contextmanager
+def nothing_missing() -> Iterator[None]:
+    """Let no module be loaded in part. The converters ask for the weights that they find, and what they do not find
+    stays as it was drawn at random; so what torch says is missing, and they do not look at, is an error here."""
+    load = nn.Module.load_state_dict
+
+    def whole(module: nn.Module, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        found = load(module, state, strict, assign)
+        parameters = {name for name, _ in module.named_parameters()}
+        if lost := [name for name in found.missing_keys if name in parameters]:
+            raise UndiffuseError(f"it lacks {lost[0]} of {type(module).__name__}")
+        return found
+
+    nn.Module.load_state_dict = whole  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.load_state_dict = load  # type: ignore[method-assign]
 
 
 NEEDED = re.compile(
