@@ -40,6 +40,7 @@ FREE = {
     "attention",
     "encoders",
     "prompts",
+    "reuse",
 }  # everybody may use these; they use nothing but each other
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .errors import UndiffuseError, UndiffuseWarning, unknown
 from .levels import Estimate, Level, combine, to_device
 from .predictions import Prediction
+from .reuse import Kept
 from .schedules import Schedule
 
 Denoise = Callable[[Tensor, Level], Estimate]
@@ -171,7 +172,10 @@ class Denoiser(nn.Module):
         return self._split(self._ask([x], [level], cond), x)
 
     def together(
-        self, questions: Sequence[tuple[Tensor, Level, Mapping[str, Tensor]]], rows: int | None = None
+        self,
+        questions: Sequence[tuple[Tensor, Level, Mapping[str, Tensor]]],
+        rows: int | None = None,
+        deep: dict[int, Tensor] | None = None,
     ) -> list[Estimate]:
         """The estimates of several ``(x, level, cond)``, all x of one shape but for their number, by one network call;
         rows whose texts are of another length have a call of their own.
@@ -179,6 +183,10 @@ class Denoiser(nn.Module):
         With ``rows`` a call has exactly so many: the rest is filled up with copies of the first. On a CPU a row's
         result then does not depend on the others to the last bit, since the arithmetic of a row changes with the size
         of the batch alone.
+
+        ``deep`` holds what is kept of the network's deep part, by the number of the row counted over all questions.
+        Rows that are in it reuse that, in a call of their own; the others compute, and are added
+        (:mod:`undiffuse.reuse`).
         """
         count = sum(len(x) for x, _, _ in questions)
         if rows is not None and count > rows:
@@ -188,7 +196,7 @@ class Denoiser(nn.Module):
             self._check_names(cond)
         xs, levels, conds = zip(*questions, strict=True)
         together = {} if self.conditions is None else self.conditions.join(conds)
-        answers = self._ask(xs, levels, together, rows).split([len(x) for x in xs])
+        answers = self._ask(xs, levels, together, rows, deep).split([len(x) for x in xs])
         estimates = []
         for y, x, level in zip(answers, xs, levels, strict=True):
             y, variance = self._split(y, x)
@@ -196,7 +204,12 @@ class Denoiser(nn.Module):
         return estimates
 
     def _ask(
-        self, xs: Sequence[Tensor], levels: Sequence[Level], cond: Mapping[str, Tensor], rows: int | None = None
+        self,
+        xs: Sequence[Tensor],
+        levels: Sequence[Level],
+        cond: Mapping[str, Tensor],
+        rows: int | None = None,
+        deep: dict[int, Tensor] | None = None,
     ) -> Tensor:
         """What the network says of several x, each at a level of its own; see :meth:`together`."""
         self._check_names(cond)
@@ -207,18 +220,30 @@ class Denoiser(nn.Module):
         numbers = torch.promote_types(xs[0].dtype, torch.float32)
         labels = [self.label(level).to(numbers).expand(len(x)) for x, level in zip(xs, levels, strict=True)]
         scaled = joined([combine((self.input_scale(level), x)) for x, level in zip(xs, levels, strict=True)])
-        said, groups = joined(labels), None if self.conditions is None else self.conditions.alike(cond)
-        if groups is None:
-            return self._call(scaled, said, cond, rows)
-        answers = [
-            self._call(scaled[each], said[each], {name: values[each] for name, values in cond.items()}, rows)
-            for each in groups
-        ]
+        said, alike = joined(labels), None if self.conditions is None else self.conditions.alike(cond)
+        groups = [[*range(len(scaled))]] if alike is None else alike
+        if deep:
+            groups = [[i for i in each if (i in deep) is known] for each in groups for known in (False, True)]
+            groups = [each for each in groups if each]
+        if len(groups) == 1:
+            return self._call(scaled, said, cond, rows, deep, groups[0])
+        answers = []
+        for each in groups:
+            theirs = {name: values[each] for name, values in cond.items()}
+            answers.append(self._call(scaled[each], said[each], theirs, rows, deep, each))
         order = torch.tensor([row for each in groups for row in each]).argsort()
         return torch.cat(answers)[order.to(scaled.device)]
 
-    def _call(self, scaled: Tensor, label: Tensor, cond: Mapping[str, Tensor], rows: int | None) -> Tensor:
-        """One network call, filled up to ``rows``."""
+    def _call(
+        self,
+        scaled: Tensor,
+        label: Tensor,
+        cond: Mapping[str, Tensor],
+        rows: int | None,
+        deep: dict[int, Tensor] | None,
+        numbers: Sequence[int],
+    ) -> Tensor:
+        """One network call for the rows of these numbers, filled up to ``rows``."""
         count = len(scaled)
 
         def filled(values: Tensor) -> Tensor:
@@ -230,7 +255,14 @@ class Denoiser(nn.Module):
         if (beside := encoded.pop("channels", None)) is not None:
             scaled = torch.cat([scaled, beside.to(scaled)], dim=1)
         dtype = next((p.dtype for p in self.network.parameters()), scaled.dtype)
-        y = self.network(scaled.to(dtype), to_device(filled(label), scaled.device), **encoded)
+        asked = scaled.to(dtype), to_device(filled(label), scaled.device)
+        if deep is None:
+            y = self.network(*asked, **encoded)
+        else:
+            known = [deep[i][None] for i in numbers if i in deep]  # of all of them or of none
+            kept = Kept(filled(torch.cat(known)) if known else None)
+            y = self.network(*asked, **encoded, deep=kept)
+            deep.update(zip(numbers, kept.rows(), strict=False))
         return y if rows is None else y[:count]
 
     def _split(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import sha256
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, Protocol, final
 
@@ -41,12 +42,13 @@ from .grids import Times as TimesGrid
 from .guidance import Scale, cfg, interval, remember, rescale, scale_at, threshold
 from .levels import Estimate, Level
 from .likelihood import Likelihood, log_likelihood
-from .networks import attention_maps, build
+from .networks import Network, attention_maps, build
 from .networks.layers import fold
 from .noise import Brownian, Streams
 from .objectives import TIMES, WEIGHTS, Times, Weight
 from .predictions import PREDICTIONS, Prediction
 from .prompts import AS_WRITTEN, PromptReading
+from .reuse import Halves, Memory, check_reuse
 from .sampling import Frame, start, trajectory
 from .schedules import SCHEDULES, Schedule
 from .solvers import SOLVERS, DPMpp2M, Solver
@@ -127,6 +129,8 @@ class Sampling:
             are brackets.
         long_prompts: ``cut`` where the text encoder's window ends, with a warning, or read in several ``windows``.
         clip_skip: how many of CLIP's last layers no text goes through, negative ones and the empty one included.
+        reuse: in every so many calls of a trajectory the whole network computes, and between them its deep part is
+            what it was (:mod:`undiffuse.reuse`); 1: nothing is reused. Faster, and another sample.
     """
 
     solver: Solver = field(default_factory=DPMpp2M)
@@ -140,11 +144,34 @@ class Sampling:
     weighted_prompts: bool = False
     long_prompts: Literal["cut", "windows"] = "cut"
     clip_skip: int = 0
+    reuse: int = 1
+
+    def __post_init__(self) -> None:
+        check_reuse(self.reuse)
 
     @property
     def reading(self) -> PromptReading:
         """How prompts are read; raises for what is no way of reading."""
         return PromptReading(self.weighted_prompts, self.long_prompts, self.clip_skip)
+
+    def memory(self) -> Memory | None:
+        """What one trajectory with these settings remembers, from its first call on."""
+        return Memory(self.reuse) if self.reuse > 1 else None
+
+    def check_reuse(self, name: str, network: nn.Module) -> None:
+        """Raise for ``reuse`` with a network (called ``name``) or a solver that it cannot be used with."""
+        if self.reuse == 1:
+            return
+        if not (isinstance(network, Network) and network.has_deep_part):
+            raise UndiffuseError(
+                f"reuse={self.reuse} asked of network {name}, which has no deep part that could be reused (unet, "
+                "mp_unet and dit of some depth do, and ddpm_unet): leave reuse=1"
+            )
+        if self.solver.adaptive:
+            raise UndiffuseError(
+                f"reuse={self.reuse} with {type(self.solver).__name__}, whose steps follow an error that reuse would "
+                "be a part of: leave reuse=1, or take a solver of fixed steps"
+            )
 
     @property
     def scale(self) -> Scale:
@@ -155,7 +182,7 @@ class Sampling:
             else interval(self.guidance_scale, *self.guidance_interval)
         )
 
-    def halves(self, level: Level) -> tuple[bool, bool]:
+    def halves(self, level: Level) -> Halves:
         """Whether an estimate at ``level`` takes the conditional answer of the network, and the unconditional one."""
         scale = scale_at(self.scale, level)
         return bool((scale != 0).any()) or self.guidance_rescale > 0, bool((scale != 1).any())
@@ -187,6 +214,7 @@ class Question:
         cond: the condition, raw values ``[B]`` by name.
         against: what guidance leads away from; the null condition, or a negative one.
         sampling: guidance and threshold; the rest plays no part.
+        memory: of the trajectory that asks; None: the whole network must compute.
     """
 
     x: Tensor
@@ -194,11 +222,22 @@ class Question:
     cond: Mapping[str, Tensor]
     against: Mapping[str, Tensor]
     sampling: Sampling
+    memory: Memory | None = None
+
+    @cached_property
+    def halves(self) -> Halves:
+        """What it takes of guidance."""
+        return self.sampling.halves(self.level)
+
+    @property
+    def reuses(self) -> bool:
+        """Whether the network's deep part need not compute for it."""
+        return self.memory is not None and self.memory.serves(self.halves)
 
     @cached_property
     def asked(self) -> list[tuple[Tensor, Level, Mapping[str, Tensor]]]:
         """What the network must be asked for it, B rows each: two where guidance takes two, the conditional first."""
-        halves = zip((self.cond, self.against), self.sampling.halves(self.level), strict=True)
+        halves = zip((self.cond, self.against), self.halves, strict=True)
         return [(self.x, self.level, cond) for cond, taken in halves if taken]
 
     @property
@@ -227,6 +266,7 @@ class Start:
     noise: Streams | Brownian
     cond: Mapping[str, Tensor]
     against: Mapping[str, Tensor]
+    memory: Memory | None = None
     kept: tuple[Tensor, Tensor] | None = None
     """Data ``[1 or B, *spec.shape]`` (model units), and where they stay as they are (boolean, broadcast to them)."""
     wrap: Callable[[Denoise], Denoise] = as_it_is
@@ -278,9 +318,22 @@ def checked_keep(keep: Tensor, image: Tensor) -> Tensor:
 
 
 def answer_together(denoiser: Denoiser, questions: Sequence[Question], rows: int | None = None) -> list[Estimate]:
-    """The answers to several questions, each with guidance of its own, by one network call. ``rows``: see
+    """The answers to several questions, each with guidance of its own, by one network call; rows that cannot be asked
+    together, and those that reuse what lies deep in the network, have one of their own. ``rows``: see
     :meth:`.Denoiser.together`."""
-    estimates = iter(denoiser.together([half for question in questions for half in question.asked], rows))
+    deep: dict[int, Tensor] = {}  # by the number of the row
+    ends = [*accumulate(question.rows for question in questions)]
+    remembering = [(q, q.memory, range(end - q.rows, end)) for q, end in zip(questions, ends, strict=True) if q.memory]
+    for question, memory, numbers in remembering:
+        if question.reuses:
+            deep.update(zip(numbers, memory.recall(question.halves), strict=True))
+    asked = [half for question in questions for half in question.asked]
+    estimates = iter(denoiser.together(asked, rows, deep if remembering else None))
+    for question, memory, numbers in remembering:  # only now that nothing has failed: who failed asks again
+        if question.reuses:
+            memory.note(question.halves, None)
+        else:  # copies where others are in the call, as a view of one row keeps all of them
+            memory.note(question.halves, [deep[i].clone() if len(questions) > 1 else deep[i] for i in numbers])
     return [question.answer([next(estimates) for _ in question.asked]) for question in questions]
 
 
@@ -592,6 +645,7 @@ class Pipeline:
             )
         if sampling.threshold != "none" and not self.spec.bounded:
             raise UndiffuseError(f"threshold={sampling.threshold} needs data with a declared range; this data has none")
+        sampling.check_reuse(self.config.network, self.denoiser.network)
 
     def denoise(
         self,
@@ -599,31 +653,44 @@ class Pipeline:
         sampling: Sampling,
         rows: int | None = None,
         against: Mapping[str, Tensor] | None = None,
+        memory: Memory | None = None,
     ) -> Denoise:
         """The denoiser bound to its condition, guided (away from ``against``, or the null condition) and thresholded as
-        ``sampling`` says; ``rows``: see :meth:`.Denoiser.together`."""
+        ``sampling`` says; ``rows``: see :meth:`.Denoiser.together`. ``memory`` is that of the one trajectory that asks;
+        without, nothing is reused whatever ``sampling`` says."""
         self.check(cond, sampling)
 
         def denoise(x: Tensor, level: Level) -> Estimate:
             away = against or self.against(len(x), reading=sampling.reading)
-            question = Question(x, level, cond, away, sampling)
+            question = Question(x, level, cond, away, sampling, memory)
             return answer_together(self.denoiser, [question], rows)[0]
 
         return denoise
 
     def calls(self, sampling: Sampling) -> int:
         """Network calls that one sample takes with these settings, counted on one that costs nothing (trap S21)."""
-        calls = 0
+        return len(self._called(sampling))
 
-        def network(x: Tensor, level: Level) -> Estimate:
-            nonlocal calls
-            calls += 1
+    def whole_calls(self, sampling: Sampling) -> int:
+        """Those of :meth:`calls` in which the whole network computes: all, unless ``sampling.reuse`` is above 1."""
+        return sum(self._called(sampling))
+
+    def _called(self, sampling: Sampling) -> list[bool]:
+        """For each network call, whether it is a whole one."""
+        called: list[bool] = []
+        memory = sampling.memory()
+
+        def denoise(x: Tensor, level: Level) -> Estimate:
+            halves = sampling.halves(level)
+            reuses = memory is not None and memory.serves(halves)
+            called.extend([not reuses] * sum(halves))
+            if memory is not None:
+                memory.note(halves, None if reuses else [x] * sum(halves))
             return Estimate(torch.zeros_like(x), x / float(level.sigma), torch.full_like(x, 0.5))
 
         levels = sampling.grid.levels(self.config.schedule, sampling.steps)
-        denoise = guided(network, network, sampling)
         deque(trajectory(denoise, torch.zeros(1, 2), levels, sampling.solver, Streams(0, 1)), maxlen=1)
-        return calls
+        return called
 
     def conditions(
         self,
@@ -778,13 +845,14 @@ class Pipeline:
         # A deterministic network computes the same whatever training does around it: dropout is off.
         self.denoiser.eval()
         if image is None or strength == 1:
-            return Start(start(levels[0], eps), levels, sampling, noise, told, away, kept, wrap)
+            x = start(levels[0], eps)
+            return Start(x, levels, sampling, noise, told, away, sampling.memory(), kept, wrap)
         first = self.config.schedule.first
         if not first <= strength < 1:
             raise UndiffuseError(f"strength must be from {first:.3g} (keep the input) to 1 (ignore it), got {strength}")
         levels = below(levels, strength)
-        x0 = self.encode(image).to(eps).expand_as(eps)
-        return Start(levels[0].mix(x0, eps), levels, sampling, noise, told, away, kept, wrap)
+        x = levels[0].mix(self.encode(image).to(eps).expand_as(eps), eps)
+        return Start(x, levels, sampling, noise, told, away, sampling.memory(), kept, wrap)
 
     def end(self, begun: Start, z: Tensor, alone: bool = False) -> Tensor:
         """The samples of a trajectory that ended at ``z``, on the CPU: decoded (``alone``: :meth:`decode`), and
@@ -830,7 +898,7 @@ class Pipeline:
 
     def walk(self, begun: Start, rows: int | None = None) -> Iterator[Frame]:
         """The trajectory from where it begins."""
-        denoise = begun.wrap(self.denoise(begun.cond, begun.sampling, rows, begun.against))
+        denoise = begun.wrap(self.denoise(begun.cond, begun.sampling, rows, begun.against, begun.memory))
         yield from trajectory(denoise, begun.x, begun.levels, begun.sampling.solver, begun.noise)
 
     def draw(

@@ -31,6 +31,7 @@ def requests(model: Pipeline, count: int) -> list[Request]:
                 guidance_interval=(0.1, 5.0) if i % 5 == 0 else None,
                 threshold="static" if i % 4 == 0 else "none",
                 noise="brownian" if i % 7 == 0 else "independent",
+                reuse=1 + i % 3,
             ),
             samples=range(i, i + 1 + i % 2),
             seed=i,

@@ -52,6 +52,7 @@ class Sampled:
     steps: int
     guidance_scale: float
     calls: int  # of the network, for one sample
+    whole_calls: int  # those in which all of it has computed
     seconds: float
 
 
@@ -116,7 +117,8 @@ def sample(
         from_: A PNG made by this command: make it again, except for the options that are given.
         device: auto, cpu, cuda, mps.
         set: Change one more sampling setting, such as threshold=static, noise=brownian, guidance_interval=0.2,5,
-            solver.eta=0.5, long_prompts=windows or clip_skip=1; may be repeated.
+            solver.eta=0.5, long_prompts=windows or clip_skip=1, or reuse=3 to run the whole network in every third call
+            only; may be repeated.
 
     Raises:
         UndiffuseError: a model that cannot be loaded, an option out of range, a name that does not exist.
@@ -218,6 +220,7 @@ def sample(
         prompts=None if asked is None else tuple(asked),
         **shown,
         calls=pipeline.calls(settings),
+        whole_calls=pipeline.whole_calls(settings),
         seconds=time.monotonic() - begun,
     )
 
@@ -225,12 +228,13 @@ def sample(
 def report(sampled: Sampled) -> str:
     kind = "x".join(map(str, sampled.shape)) or "scalar"
     rate = sampled.samples / max(sampled.seconds, 1e-9)
+    whole = "" if sampled.whole_calls == sampled.calls else f", {sampled.whole_calls} of them whole"
     return (
         f"{sampled.path}\n"
         f"  {sampled.samples} samples, {kind} {sampled.dtype}, seed {sampled.seed}, "
         f"{sampled.seconds:.1f} s ({rate:.3g} a second)\n"
         f"  {sampled.solver}, {sampled.grid} grid, {sampled.steps} steps, guidance {sampled.guidance_scale:g}: "
-        f"{sampled.calls} network calls a sample"
+        f"{sampled.calls} network calls a sample{whole}"
     )
 
 

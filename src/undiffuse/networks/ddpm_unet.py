@@ -8,7 +8,8 @@ of latent diffusion (Rombach et al. 2022). Its blocks have the names and the num
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import cast, final
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..attention import attention
 from ..errors import UndiffuseError
+from ..reuse import Deep, afresh
 from .layers import (
     Attend,
     Embedding,
@@ -250,6 +252,7 @@ class DDPMUNet(Network):
             heads = width // head_width
             return Look(width, token_width, heads, groups) if token_width else SelfLook(width, heads, groups)
 
+        self.blocks = blocks
         last = len(widths) - 1
         self.embedding = Embedding(embedding, condition_width, waves=widths[0])
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
@@ -273,6 +276,11 @@ class DDPMUNet(Network):
         self.conv_norm_out = nn.GroupNorm(groups, widths[0])
         self.conv_out = zeroed(nn.Conv2d(widths[0], self.out_channels, 3, padding=1))
 
+    @property
+    def has_deep_part(self) -> bool:
+        """All between the first block on the way down and the last two, which hear of the first."""
+        return True
+
     def forward(
         self,
         x: Tensor,
@@ -280,26 +288,35 @@ class DDPMUNet(Network):
         vector: Tensor | None = None,
         tokens: Tensor | None = None,
         mask: Tensor | None = None,
+        deep: Deep = afresh,
     ) -> Tensor:
         """See :meth:`Network.forward`."""
         tokens = self.check(x, label, vector, tokens, mask)
         size = x.shape[2:]
         embedding = self.embedding(label, vector)
-        h = self.conv_in(padded(x.to(embedding.dtype), [2 ** (len(self.down_blocks) - 1)] * 2))
-        skips = [h]
-        for each in self.down_blocks:
-            block = cast(Block, each)
-            for i, resnet in enumerate(block.resnets):
-                h = block.looked(i, resnet(h, embedding), tokens, mask)
-                skips.append(h)
-            if block is not self.down_blocks[-1]:
-                h = block.resampled(h)
-                skips.append(h)
-        h = self.mid_block.resnets[0](h, embedding)
-        h = self.mid_block.resnets[1](self.mid_block.looked(0, h, tokens, mask), embedding)
-        for each in self.up_blocks:
-            block = cast(Block, each)
-            for i, resnet in enumerate(block.resnets):
-                h = block.looked(i, resnet(torch.cat([h, skips.pop()], dim=1), embedding), tokens, mask)
-            h = block.resampled(h)
+        skips = [self.conv_in(padded(x.to(embedding.dtype), [2 ** (len(self.down_blocks) - 1)] * 2))]
+        downs, ups = ([cast(Block, each) for each in blocks] for blocks in (self.down_blocks, self.up_blocks))
+
+        def down(block: Block, numbers: Iterable[int]) -> None:
+            for i in numbers:
+                skips.append(block.looked(i, block.resnets[i](skips[-1], embedding), tokens, mask))
+
+        def up(block: Block, numbers: Iterable[int], h: Tensor) -> Tensor:
+            for i in numbers:
+                h = block.looked(i, block.resnets[i](torch.cat([h, skips.pop()], dim=1), embedding), tokens, mask)
+            return h
+
+        def between() -> Tensor:
+            down(downs[0], range(1, self.blocks))
+            for above, block in pairwise(downs):
+                skips.append(above.resampled(skips[-1]))
+                down(block, range(self.blocks))
+            h = self.mid_block.resnets[0](skips[-1], embedding)
+            h = self.mid_block.resnets[1](self.mid_block.looked(0, h, tokens, mask), embedding)
+            for block in ups[:-1]:
+                h = block.resampled(up(block, range(self.blocks + 1), h))
+            return up(ups[-1], range(self.blocks - 1), h)
+
+        down(downs[0], [0])
+        h = up(ups[-1], [self.blocks - 1, self.blocks], deep(between))
         return cropped(self.conv_out(F.silu(self.conv_norm_out(h))), size)

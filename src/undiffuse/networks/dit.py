@@ -11,7 +11,7 @@ Ma et al. 2024).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast, final
 
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UndiffuseError, choose, unknown
+from ..reuse import Deep, afresh
 from .layers import (
     Attend,
     Embedding,
@@ -380,6 +381,11 @@ class DiT(Network):
         self.norm = Modulation(embedding, widths[0], 2)
         self.head = zeroed(nn.Linear(widths[0], self.out_channels * math.prod(self.patch)))
 
+    @property
+    def has_deep_part(self) -> bool:
+        """All levels but the first; of a single level, the blocks between the first and the last."""
+        return len(self.down) > 0 or len(self.middle) > 2
+
     def forward(
         self,
         x: Tensor,
@@ -387,6 +393,7 @@ class DiT(Network):
         vector: Tensor | None = None,
         tokens: Tensor | None = None,
         mask: Tensor | None = None,
+        deep: Deep = afresh,
     ) -> Tensor:
         """See :meth:`Network.forward`."""
         tokens = self.check(x, label, vector, tokens, mask)
@@ -398,21 +405,27 @@ class DiT(Network):
         h = self.stem(x.flatten(2).transpose(1, 2)).to(dtype)  # what blocks add to stays float32 under autocast
         if not self.rotary:
             h = h + sines(grids[0], h.shape[2], h.device, dtype)
-        rotations: list[tuple[Tensor, Tensor] | None] = [None] * levels
-        kept: list[Tensor] = []
-        for level, (down, merge) in enumerate(zip(self.down, self.merge, strict=True)):
-            rotations[level] = self._rotation(h, level, grids[level])
-            for block in cast(nn.ModuleList, down):
-                h, _ = block(h, None, embedding, None, rotations[level], grids[level])
-            kept.append(h)
-            h = merge(fold(h.transpose(1, 2).unflatten(2, grids[level]), (2,) * self.rank).flatten(2).transpose(1, 2))
-        h = self._through_the_middle(h, words, embedding, mask, self._rotation(h, levels - 1, grids[-1]), grids[-1])
-        for level in reversed(range(levels - 1)):
-            y = self.split[level](h).transpose(1, 2).unflatten(2, grids[level + 1])
-            h = kept[level] + unfold(y, (2,) * self.rank).flatten(2).transpose(1, 2)
+
+        def through(h: Tensor, level: int, deep: Deep) -> Tensor:
+            """A level and those below it."""
+            grid, rotation = grids[level], self._rotation(h, level, grids[level])
+            if level == levels - 1:
+                return self._through_the_middle(h, words, embedding, mask, rotation, grid, deep)
+            for block in cast(nn.ModuleList, self.down[level]):
+                h, _ = block(h, None, embedding, None, rotation, grid)
+            kept, twos = h, (2,) * self.rank
+
+            def below() -> Tensor:
+                merged = fold(kept.transpose(1, 2).unflatten(2, grid), twos).flatten(2).transpose(1, 2)
+                y = self.split[level](through(self.merge[level](merged), level + 1, afresh))
+                return unfold(y.transpose(1, 2).unflatten(2, grids[level + 1]), twos).flatten(2).transpose(1, 2)
+
+            h = kept + deep(below)
             for block in cast(nn.ModuleList, self.up[level]):
-                h, _ = block(h, None, embedding, None, rotations[level], grids[level])
-        y = self.head(modulate(h, *self.norm(embedding)))
+                h, _ = block(h, None, embedding, None, rotation, grid)
+            return h
+
+        y = self.head(modulate(through(h, 0, deep), *self.norm(embedding)))
         return cropped(unfold(y.transpose(1, 2).unflatten(2, grids[0]), self.patch), size)
 
     def _rotation(self, h: Tensor, level: int, grid: Sequence[int]) -> tuple[Tensor, Tensor] | None:
@@ -431,16 +444,33 @@ class DiT(Network):
         mask: Tensor | None,
         rotation: tuple[Tensor, Tensor] | None,
         grid: Sequence[int],
+        deep: Deep,
     ) -> Tensor:
         """All blocks of the last level, with their long skips."""
         left: list[Tensor] = []
-        for number, block in enumerate(cast(Sequence[Block], self.middle)):
-            if block.skip is not None:
-                h = block.skip(torch.cat([h, left.pop()], dim=-1))
-            h, words = block(h, words, embedding, mask, rotation, grid)
-            if number < len(self.middle) // 2:
-                left.append(h)
-        return h
+        count = len(self.middle)
+
+        def through(h: Tensor, words: Tensor | None, numbers: Iterable[int]) -> tuple[Tensor, Tensor | None]:
+            for number in numbers:
+                block = cast(Block, self.middle[number])
+                if block.skip is not None:
+                    h = block.skip(torch.cat([h, left.pop()], dim=-1))
+                h, words = block(h, words, embedding, mask, rotation, grid)
+                if number < count // 2:
+                    left.append(h)
+            return h, words
+
+        h, words = through(h, words, range(min(1, count - 1)))
+        tokens = 0 if words is None or self.words is None else words.shape[1]  # of joint attention, which change too
+
+        def both(h: Tensor, words: Tensor | None) -> Tensor:
+            return torch.cat([words, h], dim=1) if words is not None and tokens else h
+
+        def between() -> Tensor:
+            return both(*through(h, words, range(1, count - 1)))
+
+        after = deep(between, beside=both(h, words))
+        return through(after[:, tokens:], after[:, :tokens] if tokens else words, range(count - 1, count))[0]
 
 
 DIT: dict[str, dict[str, Any]] = {

@@ -48,6 +48,11 @@ class Network(nn.Module, ABC):
             if width:
                 check_sizes(**{name: width})
 
+    @property
+    def has_deep_part(self) -> bool:
+        """Whether it takes one more argument, ``deep``: how it goes through its deep part (:mod:`undiffuse.reuse`)."""
+        return False
+
     @abstractmethod
     def forward(
         self,

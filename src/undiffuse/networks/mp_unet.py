@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..reuse import Deep, afresh
 from .layers import (
     Attend,
     Network,
@@ -263,6 +264,11 @@ class MPUNet(Network):
         self.head = MPProduct(rank, widths[0], self.out_channels * fold**rank, 3)
         self.gain = nn.Parameter(torch.tensor(0.0))
 
+    @property
+    def has_deep_part(self) -> bool:
+        """All levels but the first."""
+        return len(self.down) > 0
+
     def forward(
         self,
         x: Tensor,
@@ -270,6 +276,7 @@ class MPUNet(Network):
         vector: Tensor | None = None,
         tokens: Tensor | None = None,
         mask: Tensor | None = None,
+        deep: Deep = afresh,
     ) -> Tensor:
         """See :meth:`Network.forward`."""
         tokens = self.check(x, label, vector, tokens, mask)
@@ -279,18 +286,25 @@ class MPUNet(Network):
         h = self.stem(torch.cat([h, torch.ones_like(h[:, :1])], dim=1))  # the ones stand for a bias
         if self.rank == 2:
             h = h.contiguous(memory_format=torch.channels_last)
-        skips: list[Tensor] = []
-        for down in self.down:
-            for stage in cast(nn.ModuleList, down):
+
+        def levels(h: Tensor, level: int, deep: Deep) -> Tensor:
+            """A level and those below it; ``deep`` is how it goes through these."""
+            if level == len(self.down):
+                for stage in self.middle:
+                    h = stage(h, embedding, tokens, mask)
+                return h
+            for stage in cast(nn.ModuleList, self.down[level]):
                 h = stage(h, embedding, tokens, mask)
-            skips.append(h)
-            pool = [min(2, n) for n in h.shape[2:]]
-            h = POOLINGS[self.rank](h, pool, ceil_mode=True, count_include_pad=False)
-        for stage in self.middle:
-            h = stage(h, embedding, tokens, mask)
-        for up in reversed(self.up):
-            skip = skips.pop()
-            h = mp_cat(F.interpolate(h, size=skip.shape[2:], mode="nearest"), skip)
-            for stage in cast(nn.ModuleList, up):
+            skip = h
+
+            def below() -> Tensor:
+                pool = [min(2, n) for n in skip.shape[2:]]
+                h = POOLINGS[self.rank](skip, pool, ceil_mode=True, count_include_pad=False)
+                return levels(h, level + 1, afresh)
+
+            h = mp_cat(F.interpolate(deep(below), size=skip.shape[2:], mode="nearest"), skip)
+            for stage in cast(nn.ModuleList, self.up[level]):
                 h = stage(h, embedding, tokens, mask)
-        return cropped(unfold(self.head(h, self.gain), self.fold), size)
+            return h
+
+        return cropped(unfold(self.head(levels(h, 0, deep), self.gain), self.fold), size)

@@ -9,12 +9,14 @@ many inputs as outputs, need no projection, and the multiplications saved are sp
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..reuse import Deep, afresh
 from .layers import (
     CrossAttention,
     Embedding,
@@ -144,6 +146,11 @@ class UNet(Network):
         self.norm = FilmNorm(widths[0], embedding)
         self.head = zeroed(convolution(rank, widths[0], out_channels * fold**rank, 3))
 
+    @property
+    def has_deep_part(self) -> bool:
+        """All between the first block and the last of the upper level; there must be a lower one."""
+        return len(self.down) > 0
+
     def forward(
         self,
         x: Tensor,
@@ -151,6 +158,7 @@ class UNet(Network):
         vector: Tensor | None = None,
         tokens: Tensor | None = None,
         mask: Tensor | None = None,
+        deep: Deep = afresh,
     ) -> Tensor:
         """See :meth:`Network.forward`."""
         tokens = self.check(x, label, vector, tokens, mask)
@@ -161,20 +169,31 @@ class UNet(Network):
         if self.rank == 2:
             # Convolutions are some 10 % faster in this layout; weights may stay as they are (or be converted too).
             h = h.contiguous(memory_format=torch.channels_last)
-        skips: list[Tensor] = []
-        for down, shrink in zip(self.down, self.shrink, strict=True):
-            for stage in cast(nn.ModuleList, down):
+        down, up = ([[*cast(nn.ModuleList, stages)] for stages in each] for each in (self.down, self.up))
+        first, last = ([down[0].pop(0)], [up[0].pop()]) if down else ([], [])
+
+        def between(h: Tensor) -> Tensor:
+            skips: list[Tensor] = []
+            for stages, shrink in zip(down, self.shrink, strict=True):
+                for stage in stages:
+                    h = stage(h, embedding, tokens, mask)
+                skips.append(h)
+                h = shrink(h)
+            for stage in self.middle:
                 h = stage(h, embedding, tokens, mask)
-            skips.append(h)
-            h = shrink(h)
-        for stage in self.middle:
+            for grow, stages in zip(reversed(self.grow), reversed(up), strict=True):
+                # A 1x1 convolution and nearest-neighbour growth commute: multiply while the image is small. Growing to
+                # the size of the skip is doubling and cropping in one.
+                skip = skips.pop()
+                h = skip + F.interpolate(grow(h), size=skip.shape[2:], mode="nearest")
+                for stage in stages:
+                    h = stage(h, embedding, tokens, mask)
+            return h
+
+        for stage in first:
             h = stage(h, embedding, tokens, mask)
-        for grow, up in zip(reversed(self.grow), reversed(self.up), strict=True):
-            # A 1x1 convolution and nearest-neighbour growth commute: multiply while the image is small. Growing to the
-            # size of the skip is doubling and cropping in one.
-            skip = skips.pop()
-            h = skip + F.interpolate(grow(h), size=skip.shape[2:], mode="nearest")
-            for stage in cast(nn.ModuleList, up):
-                h = stage(h, embedding, tokens, mask)
+        h = deep(partial(between, h), beside=h)  # every block adds to what it is given, so together they do too
+        for stage in last:
+            h = stage(h, embedding, tokens, mask)
         y = self.head(F.silu(self.norm(h, embedding)))
         return cropped(unfold(y, self.fold), size)

@@ -392,7 +392,7 @@ class Engine:
             if estimate is not None and question is not None:
                 estimate = begun.wrap(_said(estimate))(question.x, question.level)
             x, level = job.steps.send(estimate)  # pyrefly: ignore  (the first is None)
-            job.question = Question(x, level, begun.cond, begun.against, job.request.sampling)
+            job.question = Question(x, level, begun.cond, begun.against, job.request.sampling, begun.memory)
         except StopIteration as stop:
             try:
                 pipeline = self.models[job.request.model].pipeline
@@ -405,7 +405,7 @@ class Engine:
     def _end(self, job: Job, result: Tensor | BaseException) -> None:
         with self._changed:
             self.jobs.remove(job)
-            job.question = None
+            job.question = job.begun = None
             counters = self.counters
             match result:
                 case Tensor():

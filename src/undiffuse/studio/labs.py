@@ -20,6 +20,7 @@ from ..inversion import invert
 from ..levels import Level, combine
 from ..noise import Streams, slerp
 from ..pipeline import Pipeline, Question, Sampling, answer_together, finished
+from ..reuse import Memory
 from ..sampling import Frame, start, walk
 from ..solvers import Euler, Step
 
@@ -58,6 +59,7 @@ class Walk:
     noise: Streams
     cond: Mapping[str, Tensor]
     against: Mapping[str, Tensor]
+    memory: Memory | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +90,7 @@ def begin(pipeline: Pipeline, ask: Ask, x: Tensor | None = None, levels: Sequenc
     path = sampling.grid.levels(pipeline.config.schedule, sampling.steps) if levels is None else levels
     if x is None:
         x = start(path[0], noise.draw(pipeline.shape, torch.empty(0, device=pipeline.device)))
-    return Walk(x, path, sampling, noise, cond, against)
+    return Walk(x, path, sampling, noise, cond, against, sampling.memory())
 
 
 def run(pipeline: Pipeline, walks: Sequence[Walk], check: Check = lambda: None) -> list[Trace]:
@@ -103,7 +105,7 @@ def run(pipeline: Pipeline, walks: Sequence[Walk], check: Check = lambda: None) 
     def go_on(i: int, estimate: object) -> None:
         try:
             x, level = steps[i].send(estimate)  # pyrefly: ignore  (the first is None)
-            asked[i] = Question(x, level, walks[i].cond, walks[i].against, walks[i].sampling)
+            asked[i] = Question(x, level, walks[i].cond, walks[i].against, walks[i].sampling, walks[i].memory)
         except StopIteration:
             asked.pop(i, None)
 

@@ -397,7 +397,9 @@ class Recipe:
             check(self.training.quality_every > 0, "training.quality_every is of samples; a codec makes none")
             check(self.training.shard == "always", "training.shard=always: a codec is trained whole; say never")
             check(self.training.compile == "always", "training.compile=always: a codec is not compiled; say never")
-        self.modules(spec)
+        modules = self.modules(spec)
+        if isinstance(modules, nn.ModuleDict):  # of a denoiser
+            self.sampling.check_reuse(self.config(spec).network, modules["network"])
         check(
             self.training.until_converged and self.optimiser.decay == "constant",
             "training.until_converged needs a learning rate that falls at the end: set optimiser.decay=linear",
