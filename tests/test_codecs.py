@@ -30,10 +30,13 @@ from undiffuse.data import DataSpec
 from undiffuse.data.spec import units_between
 from undiffuse.denoiser import INPUT_SCALES, LABELS
 from undiffuse.errors import UndiffuseError, UndiffuseWarning
+from undiffuse.grids import GRIDS
 from undiffuse.networks import sized
 from undiffuse.pipeline import ModelConfig, Pipeline, Sampling
 from undiffuse.predictions import PREDICTIONS
 from undiffuse.schedules import SCHEDULES
+from undiffuse.solvers import SOLVERS, UniPC
+from undiffuse.tuning import distance
 from undiffuse.weights import read_weights, write_weights
 
 SHIFT, SCALE = units_between(0, 255)
@@ -370,6 +373,32 @@ def test_the_engine_serves_data_of_a_latent_model() -> None:
     assert torch.equal(drawn, model.draw(2, seed=3, rows=4))
     assert torch.allclose(edited[..., 4:], image[..., 4:], atol=1e-5)
     assert not torch.allclose(edited[..., :4], image[..., :4], atol=1e-2)
+
+
+def test_solvers_of_a_latent_model_are_compared_in_data_and_tuned_in_latents(tmp_path: Path) -> None:
+    from undiffuse.commands.solvers import Kept, Measured, report, solvers
+
+    model = pipeline(fold())
+    model.save(tmp_path / "model")
+    measured = solvers(tmp_path / "model", "4", "euler", samples=16, device="cpu", out=tmp_path / "s.json")
+    assert isinstance(measured, Measured)
+    row = next(row for row in measured.rows if row.solver == "euler")
+    settings = replace(model.sampling, solver=SOLVERS["euler"], grid=GRIDS["flow_power"], steps=4)
+    fine = replace(model.sampling, solver=UniPC(3), grid=GRIDS["log_snr"], steps=200)
+    drawn, end = (model.draw(range(16), seed=0, sampling=each) for each in (settings, fine))
+    assert drawn.shape[1:] == SPEC.shape
+    assert row.error == pytest.approx(float(distance(drawn, end)), rel=1e-5)
+
+    kept = solvers(tmp_path / "model", tune=4, samples=8, device="cpu")
+    assert isinstance(kept, Kept)
+    assert kept.latents
+    assert "fine solution of latents" in report(kept)
+    again = Pipeline.load(tmp_path / "model")  # with its codec, and what was kept
+    assert again.codec_hash == model.codec_hash
+    assert again.settings(steps=4) == again.tuned[0]
+    tuned, exact = ([*again.frames(8, seed=0, sampling=each)][-1].x for each in (again.tuned[0], fine))
+    assert float(distance(tuned, exact)) == pytest.approx(kept.fitted, rel=0.05)
+    assert again.sample(2, steps=4).shape == (2, 8, 8, 3)
 
 
 def test_a_trajectory_is_shown_decoded(tmp_path: Path) -> None:

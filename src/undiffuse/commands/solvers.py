@@ -65,7 +65,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Kept:
-    """What was tuned and written into the model's folder."""
+    """What was tuned and written into the model's folder. Distances are of what the denoiser sees."""
 
     model: Path
     calls: int
@@ -77,6 +77,7 @@ class Kept:
     best_pair: str
     best_pair_error: float
     fine_error: float
+    latents: bool  # that the denoiser sees these, and not the data
 
 
 def solvers(
@@ -93,7 +94,8 @@ def solvers(
     """List the solvers; or measure them on a model and say which to take; or tune a grid for the model.
 
     Measured are the distance of each sample to the model's own fine solution from the same noise (deterministic
-    solvers) and the Frechet distance between sets of samples, in principal components of the fine solution's.
+    solvers) and the Frechet distance between sets of samples, in principal components of the fine solution's. Of a
+    model in latents these are of the decoded data; a grid is tuned in its latents.
 
     Args:
         model: A run folder or a model folder; without one, the solvers are listed.
@@ -361,6 +363,7 @@ def _tune(pipeline: Pipeline, model: Path, calls: int, samples: int, seed: int) 
         best_pair=f"{pair.solver} {pair.grid}",
         best_pair_error=pair.error,
         fine_error=found.fine_error,
+        latents=pipeline.codec is not None,
     )
 
 
@@ -373,7 +376,7 @@ def report(result: list[dict[str, Any]] | Measured | Kept) -> str:
     if isinstance(result, Kept):
         return (
             f"{result.model}: a tuned grid for {result.calls} calls is kept in its folder\n"
-            f"  distance to the fine solution, on noises that the fit has not seen\n"
+            f"  distance to the fine solution{' of latents' * result.latents}, on noises that the fit has not seen\n"
             f"    tuned ({result.solver})  {result.error:.3g}   (on its own noises {result.fitted:.3g})\n"
             f"    best fixed pair  {result.best_pair_error:.3g}   ({result.best_pair})\n"
             f"    default  {result.default:.3g}\n"

@@ -173,7 +173,7 @@ def autoencoder(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
     return Recipe(
         name="autoencoder",
         model=Model(size=size or "small"),
-        optimiser=Optimiser(lr=1e-3, warmup=3_200, decay="cosine"),
+        optimiser=Optimiser(kind="muon", lr=5e-3, warmup=3_200, decay="cosine"),
         training=Training(
             images=min(5_000_000, max(200_000, 20 * count)),
             batch_size=32,
