@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -114,9 +116,18 @@ def test_trap_P6_embeddings_of_training_data_are_on_the_disk_and_damaged_ones_ar
         assert torch.equal(anew()(words, store=True), exact)
         assert file.read_bytes() == whole
     file.unlink()
-    monkeypatch.setattr(encoders, "STORED", len(whole))
+    monkeypatch.setenv("UNDIFFUSE_CACHE_GB", str(1.5e-9 * len(whole)))
     assert torch.equal(anew()(words, store=True), exact)
     assert not file.exists()  # the cache is full
+    (other,) = folder.glob("*/*")
+    os.utime(other, (1, 1))  # of what was used long ago
+    assert torch.equal(anew()(words, store=True), exact)
+    assert file.exists()
+    assert not other.exists()
+    before = time.time() - 5
+    os.utime(file, (before, before))
+    anew()(words)
+    assert file.stat().st_mtime > before  # it is used
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path / "file"))
     assert torch.equal(anew()(words, store=True), exact)  # no place for a cache

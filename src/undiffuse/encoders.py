@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import cache_folder
+from .cache import Room, cache_folder, used
 from .config import write_bytes_atomic
 from .errors import UndiffuseError
 
 KEPT = 4096
 """Texts of which the embedding is kept in memory, the last ones used."""
-STORED = 4 * 2**30
-"""Bytes of embeddings that one encoder has in the cache at most; further texts are read anew by each run."""
 
 KINDS = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
 """The class of ``transformers`` for each kind of model."""
@@ -104,8 +102,8 @@ class Encoder:
         return cache_folder() / "texts" / self.hash
 
     @cached_property
-    def _room(self) -> int:
-        return STORED - sum(file.stat().st_size for file in self.folder.glob("??/*"))
+    def _room(self) -> Room:
+        return Room(cache_folder())
 
     @staticmethod
     def _stored(file: Path, shape: tuple[int, int]) -> Tensor | None:
@@ -114,6 +112,7 @@ class Encoder:
             content = file.read_bytes()
         except OSError:
             return None
+        used(file)
         digest, body = content[:32], bytearray(content[32:])
         if sha256(body).digest() != digest or len(body) != 4 * shape[0] * shape[1]:
             return None
@@ -122,10 +121,9 @@ class Encoder:
     def _store(self, file: Path, said: Tensor) -> None:
         body = said.contiguous().numpy().tobytes()
         with suppress(OSError):  # a cache that cannot be written saves no time, and that is all
-            if self._room >= 32 + len(body):
+            if self._room.take(32 + len(body)):  # else further texts are read anew by each run
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes_atomic(file, sha256(body).digest(), body)
-                self._room -= 32 + len(body)
 
 
 @lru_cache(4)

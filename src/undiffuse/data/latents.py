@@ -4,7 +4,7 @@
 
 The key is a hash of the data's fingerprint, the codec's hash and what was done to the data before (mirrored or not), so
 nothing is ever taken for something else. Each file is written whole or not at all, and one that is there is not made
-again: encoding that was interrupted goes on.
+again: encoding that was interrupted goes on. Latents that were not used for long make room (:mod:`undiffuse.cache`).
 
 Encoding and mirroring do not commute, so mirrored data are encoded too, as a second copy; which of the two an epoch
 sees is drawn as it is for pictures. What is drawn from a continuum (moved, turned) would need a copy for every draw,
@@ -23,7 +23,7 @@ from typing import final
 import numpy as np
 import torch
 
-from ..cache import cache_folder
+from ..cache import Room, cache_folder, used
 from ..codecs import Codec, check_same_data, measure
 from ..config import load_json, write_bytes_atomic, write_json_atomic
 from ..errors import UndiffuseError
@@ -188,8 +188,11 @@ def _encoded(
 ) -> list[np.ndarray]:
     """The files of one copy, mapped into memory; those that are missing or damaged are made."""
     key = digest("latents 1", data.fingerprint, data.spec.stated, codec.hash, str(codec.precision), str(mirrored))
-    folder = (cache_folder() if cache is None else Path(cache)) / "latents" / key
+    root = cache_folder() if cache is None else Path(cache)
+    folder = root / "latents" / key
     folder.mkdir(parents=True, exist_ok=True)
+    used(folder)
+    room: Room | None = None
     shape, parts = codec.latent_shape(data.spec.shape), []
     for number, begin in enumerate(range(0, len(data), SHARD)):
         count = min(SHARD, len(data) - begin)
@@ -199,6 +202,8 @@ def _encoded(
         if part is None:
             buffer = BytesIO()
             np.save(buffer, _encode(data, codec, mirrored, range(begin, begin + count)), allow_pickle=False)
+            room = room or Room(root)
+            room.take(buffer.getbuffer().nbytes)  # these are needed, whether they fit or not
             write_bytes_atomic(file, buffer.getvalue())
             part = np.load(file, mmap_mode="r", allow_pickle=False)
         parts.append(part)
