@@ -386,3 +386,59 @@ def test_a_model_of_ours_reads_prompts_as_they_are(models: dict[str, tuple[Any, 
     theirs.save_pretrained(tmp_path)
     with pytest.raises(UndiffuseError, match="model without text"):
         Pipeline.load(tmp_path).sample(1, steps=1, weighted_prompts=True)
+
+
+def test_a_text_with_half_a_character_is_read(models: dict[str, tuple[Any, Pipeline]]) -> None:
+    _, ours = models["sd"]
+    found = made(ours, ["a (\ud800cat:1.2) 日本"], weighted_prompts=True)
+    assert torch.equal(found, made(ours, ["a (?cat:1.2) 日本"], weighted_prompts=True))
+
+
+# --- The server -------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_reads_each_request_as_it_asks(models: dict[str, tuple[Any, Pipeline]]) -> None:
+    """Together, to the last bit what each gets alone."""
+    pytest.importorskip("pydantic", reason="needs undiffuse[serve]")
+    from undiffuse.serving import api
+    from undiffuse.serving.engine import Engine, Request
+
+    _, ours = models["sd"]
+    forms = [
+        api.Samples(prompt="a (cat:1.4)", weighted_prompts=True, clip_skip=1),
+        api.Samples(prompt=LONG, long_prompts="windows", negative_prompt="a dog"),
+        api.Samples(prompt="a (cat:1.4)", guidance_scale=1.0),
+    ]
+    asked = []
+    for form in forms:
+        form.num_inference_steps, form.seed = 2, SEED
+        sampling = api.sampling_of(form, ours, api.Limits())
+        asked.append(Request("m", sampling, seed=SEED, **api.texts_of(form, form.prompt, ours, sampling)))
+    with Engine({"m": ours}, rows=6, exact=True) as engine:
+        served = [job.future.result() for job in [engine.submit(each) for each in asked]]
+    for each, found in zip(asked, served, strict=True):
+        told = {"prompts": each.prompts, "negative_prompt": each.negative_prompt}
+        assert torch.equal(found, ours.draw(1, seed=SEED, sampling=each.sampling, rows=6, **told))
+
+
+@pytest.mark.parametrize(
+    ("form", "why"),
+    [
+        ({"prompt": "a (cat", "weighted_prompts": True}, "never closed"),
+        ({"prompt": "a cat", "negative_prompt": "a]", "weighted_prompts": True}, "closes nothing"),
+        ({"prompt": LONG}, "make it shorter"),
+        ({"prompt": LONG * 40, "long_prompts": "windows"}, "make it shorter"),
+        ({"prompt": "a cat", "clip_skip": 50}, "at most 2"),
+    ],
+)
+def test_a_server_refuses_what_cannot_be_read(
+    models: dict[str, tuple[Any, Pipeline]], form: dict[str, Any], why: str
+) -> None:
+    pytest.importorskip("pydantic", reason="needs undiffuse[serve]")
+    from undiffuse.serving import api
+
+    _, ours = models["sd"]
+    asked = api.Samples(**form)
+    with pytest.raises(api.Refused, match=why) as refused:
+        api.texts_of(asked, asked.prompt, ours, api.sampling_of(asked, ours, api.Limits()))
+    assert refused.value.status == 400

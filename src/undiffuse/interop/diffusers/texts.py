@@ -65,8 +65,9 @@ class Reader(nn.Module):
         super().__init__()
         self.tokenizer, self.model, self.seats = tokenizer, model, Seats()
         self.places, self.layer, self.pooled, self.masked = places, layer, pooled, masked
-        layers = int(model.config.num_hidden_layers)  # type: ignore[union-attr]
-        self.most_skipped = layers + (-1 if layer is None else layer) if skips else 0
+        self.most_skipped = 0  # at least one layer is gone through
+        if skips:
+            self.most_skipped = int(model.config.num_hidden_layers) + (-1 if layer is None else layer)  # type: ignore
         word, marked = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
         first = next((i for i in range(len(marked)) if marked[i : i + len(word)] == word), None)
         if first is None or tokenizer.pad_token_id is None:
@@ -276,6 +277,7 @@ class Texts(Written):
 
     def words(self, text: str, reading: PromptReading) -> dict[str, Tensor]:
         """All tokens of a text with their weights, for each encoder, as they stand in rows."""
+        text = text.encode("utf-8", "replace").decode()  # half of a pair of surrogates is no text
         text = text.lower().strip() if self.lower else text
         plain, weights = weighted(text) if reading.weighted else (text, None)
         read = {}
