@@ -16,13 +16,14 @@ from torch import Tensor
 
 import undiffuse
 from undiffuse import DATASETS, Pipeline, UndiffuseError, make_recipe
+from undiffuse.codecs import Fold, measure
 from undiffuse.commands import main
 from undiffuse.config import override
 from undiffuse.data.spec import DataSpec, units_between
 from undiffuse.denoiser import TimeLabel
-from undiffuse.interop.export import network_of, save_diffusers, scheduler_config, standard
+from undiffuse.interop.export import network_of, save_diffusers, scheduler_config, translate
 from undiffuse.interop.hub import push
-from undiffuse.networks import DDPMUNet
+from undiffuse.networks import DDPMUNet, sized
 from undiffuse.pipeline import REGISTRIES, ModelConfig, Sampling
 from undiffuse.predictions import PREDICTIONS, EDMOutput, FlowVelocity
 from undiffuse.schedules import (
@@ -139,7 +140,7 @@ def test_a_network_with_tokens_is_a_conditional_one(tmp_path: Path) -> None:
 def test_diffusers_samples_the_same_from_the_same_noise(schedule: Schedule, prediction: str, tmp_path: Path) -> None:
     pipeline = made(schedule, prediction)
     folder = save_diffusers(pipeline, tmp_path / "model")
-    assert standard(pipeline) is None
+    assert translate(pipeline).reason is None
     assert not (folder / "pipeline.py").exists()
     theirs = diffusers.DDIMPipeline.from_pretrained(folder)  # DDIM and Euler are one step (docs/solvers.md)
     x = noise(7)
@@ -186,7 +187,7 @@ def test_diffusers_own_pipeline_makes_pictures(tmp_path: Path) -> None:
 def test_what_diffusers_lacks_comes_with_a_pipeline(family: str, tmp_path: Path) -> None:
     network: dict[str, Any] = {"widths": [8], "blocks": [1], "attention": []} if family == "unet" else {}
     pipeline = made(classes=3, family=family, **network)
-    reason = standard(pipeline)
+    reason = translate(pipeline).reason
     assert reason is not None
     assert ("classes" if family == "ddpm_unet" else "UNet") in reason
     folder = save_diffusers(pipeline, tmp_path / "model")
@@ -228,7 +229,7 @@ def test_what_came_from_diffusers_goes_back_as_it_came(tmp_path: Path) -> None:
 
     tiny.sd().save_pretrained(tmp_path / "theirs")
     pipeline = Pipeline.load(tmp_path / "theirs")
-    assert standard(pipeline) is None
+    assert translate(pipeline).reason is None
     folder = save_diffusers(pipeline, tmp_path / "model", license="mit")
     back = diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None)
     assert type(back).__name__ == "StableDiffusionPipeline"
@@ -250,7 +251,7 @@ def test_a_recipe_trains_one_that_exports(tmp_path: Path) -> None:
     trainer = undiffuse.Trainer(dataset, recipe)
     assert isinstance(trainer.denoiser.network, DDPMUNet)
     trainer.update()
-    assert standard(trainer.pipeline()) is None
+    assert translate(trainer.pipeline()).reason is None
 
 
 # --- cards and the Hub ------------------------------------------------------------------------------------------------
@@ -270,6 +271,39 @@ def test_the_command_writes_a_card_a_picture_and_says_how_to_load(
     assert (tmp_path / "out" / "samples.png").read_bytes().startswith(b"\x89PNG")
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out")]) == 2
     assert "something else" in capsys.readouterr().err
+
+
+def test_the_command_takes_a_folder_of_diffusers_and_a_run_in_latents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    import diffusers_models as tiny
+
+    tiny.ddpm().save_pretrained(tmp_path / "theirs")
+    loads: list[object] = []
+    load = Pipeline.load
+    monkeypatch.setattr(Pipeline, "load", staticmethod(lambda path, *rest: loads.append(path) or load(path, *rest)))
+    for form in ("diffusers", "undiffuse"):
+        out = tmp_path / form
+        assert main(["export", str(tmp_path / "theirs"), str(out), "--to", form]) == 0
+        assert "DiffusionPipeline.from_pretrained" in capsys.readouterr().out
+        weights = "unet/diffusion_pytorch_model.safetensors"
+        assert (out / weights).read_bytes() == (tmp_path / "theirs" / weights).read_bytes()
+        assert (out / "README.md").is_file()
+        assert np.array_equal(load(out).sample(2), load(tmp_path / "theirs").sample(2))
+    assert len(loads) == 2  # once each
+    assert main(["export", "nobody/has-this", str(tmp_path / "none")]) == 2
+    assert "on this machine" in capsys.readouterr().err
+
+    codec, pipeline = Fold(3, 2, 2), made()
+    measure(codec, [noise(0, 16)], "noise")
+    name, options = sized(codec.latent_shape(pipeline.spec.shape), "tiny")
+    config = replace(pipeline.config, network=name, network_config=options)
+    latent = Pipeline(config.build().eval(), config, pipeline.spec, Sampling(steps=2), {"data": "noise"}, codec=codec)
+    latent.save(tmp_path / "latent")
+    assert main(["export", str(tmp_path / "latent"), str(tmp_path / "out")]) == 0
+    assert "pipeline.py" in capsys.readouterr().out
+    assert load(tmp_path / "out" / "undiffuse").codec_hash == latent.codec_hash
 
 
 def test_a_card_quotes_evaluations_with_their_floor(tmp_path: Path) -> None:

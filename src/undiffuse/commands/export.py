@@ -38,7 +38,7 @@ def export(
     other comes with a pipeline.py, which diffusers runs where that is allowed.
 
     Args:
-        model: A run or a model folder.
+        model: A run or a model folder, or one of diffusers.
         folder: To be written; it must be empty, or not there.
         to: diffusers, or undiffuse: the model as it is, with its card.
         license: Of the weights, by the Hub's name for it, such as mit or cc-by-4.0.
@@ -46,13 +46,11 @@ def export(
     Raises:
         UndiffuseError: no such model; a folder with something in it.
     """
-    from ..interop.export import sizes, standard
+    from ..interop.export import sizes
     from ..interop.hub import write_folder
-    from ..pipeline import Pipeline
 
-    written = write_folder(model, folder, form=to, license=license)
-    reason = standard(Pipeline.load(model)) if to == "diffusers" else None
-    return Exported(written, sizes(written), reason)
+    reason = write_folder(model, folder, form=to, license=license)
+    return Exported(Path(folder), sizes(folder), reason)
 
 
 def report(result: Exported) -> str:

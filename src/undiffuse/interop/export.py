@@ -13,6 +13,7 @@ its own folder, ``undiffuse/``, beside a ``pipeline.py`` that diffusers runs whe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,43 +45,79 @@ class Unfit(UndiffuseError):
     """Diffusers has no class for this, and why."""
 
 
+@dataclass(frozen=True)
+class Translation:
+    """What diffusers has classes for.
+
+    Attributes:
+        scheduler: its config.
+        network: its class, config and weights. Both are None where there is none for one of them, or where the model
+            came from diffusers.
+        reason: why ``DDPMPipeline`` cannot sample from the model; None: it can, or the model came from diffusers.
+    """
+
+    scheduler: dict[str, Any] | None = None
+    network: tuple[str, dict[str, Any], dict[str, Tensor]] | None = None
+    reason: str | None = None
+
+
+def translate(pipeline: Pipeline) -> Translation:
+    """What diffusers has for this model."""
+    if pipeline.home is not None:
+        return Translation()
+    try:
+        scheduler, network = scheduler_config(pipeline), network_of(pipeline)
+    except Unfit as error:
+        return Translation(reason=str(error))
+    reason = None
+    if pipeline.config.conditions:
+        asked = " and ".join(pipeline.config.conditions)
+        reason = f"DDPMPipeline asks for nothing, this model can be asked for {asked}"
+    elif pipeline.spec.channels not in (1, 3) or not pipeline.spec.bounded:
+        reason = "DDPMPipeline makes grey or RGB pictures of a declared range"
+    return Translation(scheduler, network, reason)
+
+
 def save_diffusers(
-    pipeline: Pipeline, folder: str | Path, *, license: str | None = None, run: Path | None = None
+    pipeline: Pipeline,
+    folder: str | Path,
+    *,
+    license: str | None = None,
+    run: Path | None = None,
+    translation: Translation | None = None,
 ) -> Path:
     """Write ``folder`` for diffusers, with a model card; returns it.
 
-    What diffusers has no class for is reached through ``pipeline.py`` (see above); :func:`standard` says why.
-    ``license`` and ``run`` are for the card (:func:`.model_card`).
+    What diffusers has no class for is reached through ``pipeline.py`` (see above); ``translation`` (None: that of
+    :func:`translate`) says why. ``license`` and ``run`` are for the card (:func:`.model_card`).
 
     Raises:
         UndiffuseError: the folder has something in it.
     """
-    folder = new_folder(folder)
+    folder, found = new_folder(folder), translation or translate(pipeline)
     if pipeline.home is not None:  # it came from diffusers, and is written as it came
         pipeline.save(folder)
-        write_bytes_atomic(folder / "README.md", model_card(pipeline, license=license, diffusers="", run=run).encode())
-        return folder
+    else:
+        _write(pipeline, folder, found)
+    card = model_card(pipeline, license=license, diffusers=found.reason or "", run=run)
+    write_bytes_atomic(folder / "README.md", card.encode())
+    return folder
+
+
+def _write(pipeline: Pipeline, folder: Path, found: Translation) -> None:
     index: dict[str, Any] = {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION}
-    reason = standard(pipeline)
-    try:
-        scheduler = scheduler_config(pipeline)
-        network, config, state = network_of(pipeline)
-        if reason is None:
-            index |= {"scheduler": ["diffusers", scheduler["_class_name"]], "unet": ["diffusers", network]}
-        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    if found.scheduler is not None and found.network is not None:
+        network, config, state = found.network
+        if found.reason is None:
+            index |= {"scheduler": ["diffusers", found.scheduler["_class_name"]], "unet": ["diffusers", network]}
+        write_json(folder / "scheduler" / "scheduler_config.json", found.scheduler)
         write_json(folder / "unet" / "config.json", config)
         write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", state, {"format": "pt"})
-    except Unfit:
-        pass
-    if reason is not None:
+    if found.reason is not None:
         index["_class_name"] = ["pipeline", "UndiffusePipeline"]
         pipeline.save(folder / "undiffuse")
         write_bytes_atomic(folder / "pipeline.py", Path(__file__).with_name("diffusers_pipeline.py").read_bytes())
     write_json_atomic(folder / "model_index.json", index)
-    write_bytes_atomic(
-        folder / "README.md", model_card(pipeline, license=license, diffusers=reason or "", run=run).encode()
-    )
-    return folder
 
 
 def new_folder(folder: str | Path) -> Path:
@@ -90,22 +127,6 @@ def new_folder(folder: str | Path) -> Path:
         raise UndiffuseError(f"{folder}: has something else; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def standard(pipeline: Pipeline) -> str | None:
-    """Why ``DDPMPipeline`` cannot sample from this model; None if it can, or if the model came from diffusers."""
-    if pipeline.home is not None:
-        return None
-    try:
-        scheduler_config(pipeline)
-        network_of(pipeline)
-    except Unfit as error:
-        return str(error)
-    if pipeline.config.conditions:
-        return f"DDPMPipeline asks for nothing, this model can be asked for {' and '.join(pipeline.config.conditions)}"
-    if pipeline.spec.channels not in (1, 3) or not pipeline.spec.bounded:
-        return "DDPMPipeline makes grey or RGB pictures of a declared range"
-    return None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -10,27 +10,36 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..config import write_bytes_atomic
 from ..errors import UndiffuseError
 from ..pipeline import Pipeline, find_pipeline
 from .card import LICENSES, card_picture, model_card
-from .export import new_folder, save_diffusers, sizes
+from .export import new_folder, save_diffusers, sizes, translate
 
 FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.png")
 """Files that a model is made of; no code and no pickles."""
 
 
-def write_folder(model: str | Path, folder: str | Path, *, form: str = "undiffuse", license: str | None = None) -> Path:
-    """Write ``folder`` with the model as ``undiffuse`` or as ``diffusers`` wants it, its card and a picture."""
-    folder, where = Path(folder), find_pipeline(model)
-    pipeline = Pipeline.load(where)
-    run = where.parent if (where.parent / "config.json").is_file() else None
-    if form == "diffusers":
-        save_diffusers(pipeline, folder, license=license, run=run)
+def write_folder(
+    model: str | Path, folder: str | Path, *, form: str = "undiffuse", license: str | None = None
+) -> str | None:
+    """Write ``folder`` with the model as ``undiffuse`` or as ``diffusers`` wants it, its card and a picture.
+
+    Returns why diffusers needs code of ours for it; None: it needs none, or was not asked for.
+    """
+    pipeline, run = Pipeline.load(model), None
+    folder = new_folder(folder)
+    if pipeline.home is None:
+        above = find_pipeline(model).parent
+        run = above if (above / "config.json").is_file() else None
+    found = translate(pipeline) if form == "diffusers" else None
+    if found is not None:
+        save_diffusers(pipeline, folder, license=license, run=run, translation=found)
     else:
-        pipeline.save(new_folder(folder))
-        (folder / "README.md").write_text(model_card(pipeline, license=license, run=run), encoding="utf-8")
+        pipeline.save(folder)
+        write_bytes_atomic(folder / "README.md", model_card(pipeline, license=license, run=run).encode())
     card_picture(pipeline, folder / "samples.png")
-    return folder
+    return None if found is None else found.reason
 
 
 def push(
@@ -56,7 +65,8 @@ def push(
     if license is None:
         raise UndiffuseError(f"--license is missing: under which may others use it? Such as {', '.join(LICENSES[:4])}")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = write_folder(model, out or Path(temporary) / "model", form=form, license=license)
+        folder = out or Path(temporary) / "model"
+        write_folder(model, folder, form=form, license=license)
         files = sizes(folder)
         if dry_run:
             return files, None
