@@ -68,7 +68,9 @@ def codec_for(
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(file, {"mean": codec.mean.tolist(), "std": codec.std.tolist()})
     presumed = torch.tensor(codec.info["constants"]["std"])
-    here, there = (f"{float(std.min()):.3g} to {float(std.max()):.3g}" for std in (codec.std.cpu(), presumed))
+    here, there = (
+        " to ".join(dict.fromkeys(f"{float(end):.3g}" for end in std.aminmax())) for std in (codec.std, presumed)
+    )
     codec.info["units"] = f"deviations {here}, measured on {len(where):,} items; its own constants presume {there}"
     return codec
 

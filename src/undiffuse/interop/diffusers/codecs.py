@@ -62,7 +62,7 @@ class Autoencoder(Codec):
         if len(shape) != 3 or shape[0] != channels or shape[1] % self.factor or shape[2] % self.factor:
             raise UndiffuseError(
                 f"this autoencoder takes pictures of {channels} channels and sides that are multiples of "
-                f"{self.factor}, not {list(shape)}"
+                f"{self.factor}, not {list(shape)} (--image-size and --channels bring them to that)"
             )
         return (len(self.mean), shape[1] // self.factor, shape[2] // self.factor)
 
