@@ -464,6 +464,7 @@ CODECS: dict[str, Callable[[Mapping[str, Any]], Codec]] = {
     "fold": lambda config: Fold(**config),
     "autoencoder": _autoencoder,
     "autoencoder_kl": partial(_of_diffusers, "AutoencoderKL"),
+    "autoencoder_tiny": partial(_of_diffusers, "AutoencoderTiny"),
     "vq_model": partial(_of_diffusers, "VQModel"),
 }
 """How each kind of codec is built from its configuration (a file names the kind, never code)."""

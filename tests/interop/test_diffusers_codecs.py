@@ -53,6 +53,20 @@ def vq_model() -> Any:
     )
 
 
+def small() -> Any:
+    from diffusers import AutoencoderTiny
+
+    widths, blocks = (8, 8, 8), (1, 1, 1)
+    return tiny.seeded(
+        AutoencoderTiny,
+        8,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=blocks,
+        num_decoder_blocks=blocks,
+    )
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("diffusers") / "sd"
@@ -80,9 +94,9 @@ def test_a_vae_is_found_in_its_own_folder_and_in_that_of_a_pipeline(folder: Path
         alone.encode(torch.zeros(1, 3, 16, 16))
 
 
-@pytest.mark.parametrize("kind", ["kl", "vq"])
+@pytest.mark.parametrize("kind", ["kl", "tiny", "vq"])
 def test_trap_D5_the_units_are_measured_on_the_data_and_not_taken_from_the_file(kind: str, tmp_path: Path) -> None:
-    made = tiny.vae(scaling_factor=7.0) if kind == "kl" else vq_model()
+    made = {"kl": lambda: tiny.vae(scaling_factor=7.0), "tiny": small, "vq": vq_model}[kind]()
     made.save_pretrained(tmp_path / "vae")
     found = data()
     codec = codec_for(tmp_path / "vae", found, cache=tmp_path)
@@ -96,9 +110,10 @@ def test_trap_D5_the_units_are_measured_on_the_data_and_not_taken_from_the_file(
     ours = codec.encode(x) * codec.std[:, None, None] + codec.mean[:, None, None]
     assert torch.allclose(ours, theirs, atol=1e-4)
     assert torch.allclose(codec.decode(codec.encode(x)), picture, atol=1e-4)
-    constant = "0.143" if kind == "kl" else "5.49"
+    constant = {"kl": "0.143", "tiny": "1", "vq": "5.49"}[kind]
     assert f"measured on 24 items; its own constants presume {constant}" in codec.info["units"]
     assert codec.info["units"] in Latents(found, codec, cache=tmp_path).describe()
+    assert Codec.load(codec.save(tmp_path / "kept")).hash == codec.hash
 
 
 def test_D5_the_units_are_measured_once_so_that_a_run_goes_on_in_them(
@@ -187,7 +202,9 @@ def test_a_folder_that_is_not_right_is_refused_in_a_line(
 
 def test_what_is_no_autoencoder_or_not_here_is_refused(folder: Path, tmp_path: Path) -> None:
     tiny.ddpm().save_pretrained(tmp_path / "ddpm")
-    with pytest.raises(UndiffuseError, match=r"no AutoencoderKL or VQModel, only .*no model in latents"):
+    with pytest.raises(
+        UndiffuseError, match=r"none of AutoencoderKL, AutoencoderTiny, VQModel, only .*no model in latents"
+    ):
         Codec.load(tmp_path / "ddpm")
     with pytest.raises(UndiffuseError, match="on this machine"):
         Codec.load("nobody/has-this-vae")

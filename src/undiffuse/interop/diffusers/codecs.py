@@ -24,7 +24,7 @@ from .networks import Seats
 
 @final
 class Autoencoder(Codec):
-    """``AutoencoderKL`` or ``VQModel``, with weights."""
+    """``AutoencoderKL``, ``AutoencoderTiny`` or ``VQModel``, with weights."""
 
     def __init__(self, inner: nn.Module) -> None:
         options: Mapping[str, Any] = inner.config  # type: ignore[assignment]
@@ -69,16 +69,16 @@ class Autoencoder(Codec):
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         with self.seats(self.inner) as device:
             made = self.inner.encode(x.to(device))  # type: ignore[operator]
-        if self.kind == "vq_model":
-            return made.latents.to(x.device), None
-        return made.latent_dist.mean.to(x.device), made.latent_dist.std.to(x.device)
+        if self.kind == "autoencoder_kl":
+            return made.latent_dist.mean.to(x.device), made.latent_dist.std.to(x.device)
+        return made.latents.to(x.device), None
 
     def reconstruct(self, latent: Tensor) -> Tensor:
         with self.seats(self.inner) as device:
             return self.inner.decode(latent.to(device)).sample.to(latent.device)  # type: ignore[operator]
 
 
-CODECS = {"AutoencoderKL": "autoencoder_kl", "VQModel": "vq_model"}
+CODECS = {"AutoencoderKL": "autoencoder_kl", "AutoencoderTiny": "autoencoder_tiny", "VQModel": "vq_model"}
 """The classes of autoencoders that can be read, and what they are called here."""
 
 
@@ -112,7 +112,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Autoencoder:
         part = next((name for name, (_, kind) in folder.parts.items() if kind in CODECS), None)
         if part is None:
             kinds = ", ".join(kind for _, kind in folder.parts.values())
-            raise UndiffuseError(f"{path}: has no {' or '.join(CODECS)}, only {kinds}: it is no model in latents")
+            known = ", ".join(CODECS)
+            raise UndiffuseError(f"{path}: has none of {known}, only {kinds}: it is no model in latents")
         kind = folder.parts[part][1]
     else:
         config = here / "config.json"
