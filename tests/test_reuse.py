@@ -302,9 +302,11 @@ def test_nothing_is_left_of_a_run_and_two_at_once_do_not_mix() -> None:
     left_early = model.frames(2, seed=9, sampling=first)
     next(left_early), next(left_early)
     assert torch.equal(model.draw(2, seed=0, sampling=first), alone[0])
-    traces = labs.run(model, [labs.begin(model, labs.Ask(first, range(2), 0, {}, {})) for _ in range(2)])
-    for trace in traces:
-        torch.testing.assert_close(trace.x[-1], alone[0], rtol=0, atol=1e-4)
+    # In one round of questions, some reuse and others do not.
+    settings = [replace(first, reuse=k) for k in (1, 2, 3)]
+    traces = labs.run(model, [labs.begin(model, labs.Ask(each, range(2), 0, {}, {})) for each in settings])
+    for trace, each in zip(traces, settings, strict=True):
+        torch.testing.assert_close(trace.x[-1], model.draw(2, seed=0, sampling=each), rtol=0, atol=1e-4)
 
 
 def test_finer_steps_err_less() -> None:

@@ -221,7 +221,7 @@ def measure(
                 settings = replace(usual, solver=SOLVERS[name], grid=spacing, steps=steps)
                 jobs.append((name, grid, budget, settings))
     fine = max(FINE, 4 * max(budgets)) if max(budgets) <= 250 else max(budgets)
-    finest = replace(usual, solver=UniPC(3), grid=GRIDS["log_snr"], steps=fine)
+    finest = replace(usual, solver=UniPC(3), grid=GRIDS["log_snr"], steps=fine, reuse=1)
     total = sum(job[3].steps * SOLVERS.get(job[0], job[3].solver).calls for job in jobs) + 2 * fine + fine // 2
     done = 0
 
