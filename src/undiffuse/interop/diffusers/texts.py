@@ -65,9 +65,7 @@ class Reader(nn.Module):
         super().__init__()
         self.tokenizer, self.model, self.seats = tokenizer, model, Seats()
         self.places, self.layer, self.pooled, self.masked = places, layer, pooled, masked
-        self.most_skipped = 0  # at least one layer is gone through
-        if skips:
-            self.most_skipped = int(model.config.num_hidden_layers) + (-1 if layer is None else layer)  # type: ignore
+        self.skips = skips
         word, marked = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
         first = next((i for i in range(len(marked)) if marked[i : i + len(word)] == word), None)
         if first is None or tokenizer.pad_token_id is None:
@@ -80,6 +78,12 @@ class Reader(nn.Module):
         room = getattr(model.config, "max_position_embeddings", None)
         if self.words < 1 or (room is not None and places > room):
             raise UndiffuseError(f"a text of {places} tokens does not fit this text encoder, which reads {room}")
+
+    @property
+    def most_skipped(self) -> int:
+        """How many layers may be left out: one at least stays."""
+        layers = int(self.model.config.num_hidden_layers)  # type: ignore[union-attr]
+        return max(0, layers + (-1 if self.layer is None else self.layer))
 
     def tokens(self, text: str) -> list[int]:
         """Of the words, without marks."""
@@ -106,10 +110,11 @@ class Reader(nn.Module):
         (h - h0)``, where h is what the encoder says there and h0 what it says there of the empty text. The marks and
         the text as a whole are as they are.
         """
-        said = self.said(words, min(skip, self.most_skipped))
+        skip = skip if self.skips else 0
+        said = self.said(words, skip)
         if weights is None or bool((weights == 1).all()):
             return said
-        nothing = self.said((), min(skip, self.most_skipped)).tokens
+        nothing = self.said((), skip).tokens
         each = torch.ones(self.places)
         each[len(self.before) : len(self.before) + len(words)] = weights
         tokens = torch.lerp(nothing.float(), said.tokens.float(), each[:, None].to(nothing.device))
@@ -215,7 +220,8 @@ class Texts(Written):
         self.sizes = [self.reader(name).words for name in self.names]
         self.window = sum(self.sizes)
         self.length = 1 + self.window
-        self.most_skipped = min((most for name in self.names if (most := self.reader(name).most_skipped)), default=0)
+        skipping = [reader for reader in readers.values() if reader.skips]
+        self.most_skipped = min((reader.most_skipped for reader in skipping), default=0)
         self.kept: OrderedDict[bytes, Said] = OrderedDict()
 
     def reader(self, name: str) -> Reader:
