@@ -164,8 +164,8 @@ class Sampling:
             return
         if not (isinstance(network, Network) and network.has_deep_part):
             raise UndiffuseError(
-                f"reuse={self.reuse} asked of network {name}, which has no deep part that could be reused (unet, "
-                "mp_unet and dit of some depth do, and ddpm_unet): leave reuse=1"
+                f"reuse={self.reuse} asked of network {name}, which has no deep part that can be reused (unet, mp_unet "
+                "and dit of some depth have, and ddpm_unet; networks of diffusers are not taken apart): leave reuse=1"
             )
         if self.solver.adaptive:
             raise UndiffuseError(
