@@ -389,16 +389,16 @@ def test_solvers_of_a_latent_model_are_compared_in_data_and_tuned_in_latents(tmp
     assert drawn.shape[1:] == SPEC.shape
     assert row.error == pytest.approx(float(distance(drawn, end)), rel=1e-5)
 
-    kept = solvers(tmp_path / "model", tune=4, samples=8, device="cpu")
+    kept = solvers(tmp_path / "model", tune=2, samples=4, device="cpu")
     assert isinstance(kept, Kept)
     assert kept.latents
     assert "fine solution of latents" in report(kept)
     again = Pipeline.load(tmp_path / "model")  # with its codec, and what was kept
     assert again.codec_hash == model.codec_hash
-    assert again.settings(steps=4) == again.tuned[0]
-    tuned, exact = ([*again.frames(8, seed=0, sampling=each)][-1].x for each in (again.tuned[0], fine))
+    assert again.settings(steps=2) == again.tuned[0]
+    tuned, exact = ([*again.frames(4, seed=0, sampling=each)][-1].x for each in (again.tuned[0], fine))
     assert float(distance(tuned, exact)) == pytest.approx(kept.fitted, rel=0.05)
-    assert again.sample(2, steps=4).shape == (2, 8, 8, 3)
+    assert again.sample(2, steps=2).shape == (2, 8, 8, 3)
 
 
 def test_a_trajectory_is_shown_decoded(tmp_path: Path) -> None:

@@ -279,9 +279,12 @@ def test_the_command_takes_a_folder_of_diffusers_and_a_run_in_latents(
     pytest.importorskip("transformers")
     import diffusers_models as tiny
 
-    tiny.ddpm().save_pretrained(tmp_path / "theirs")
+    tiny.ddpm().save_pretrained(tmp_path / "whole")
     loads: list[object] = []
     load = Pipeline.load
+    few = load(tmp_path / "whole")
+    few.sampling = replace(few.sampling, steps=2)
+    few.save(tmp_path / "theirs")
     monkeypatch.setattr(Pipeline, "load", staticmethod(lambda path, *rest: loads.append(path) or load(path, *rest)))
     for form in ("diffusers", "undiffuse"):
         out = tmp_path / form
