@@ -4,7 +4,8 @@
 
 starts four processes that differ in their environment only (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``,
 ``MASTER_PORT``). :func:`joined` makes a :class:`Team` of them. A process that was started alone is a team of one, which
-never imports torch's distributed half. What they say is text (JSON) and tensors; nothing is pickled.
+never imports torch's distributed half; on a CPU it may start others itself, which run its own command line
+(:mod:`.crew`). What they say is text (JSON) and tensors; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -192,19 +193,29 @@ def joined(device: str = "auto") -> Iterator[tuple[Team, str]]:
     if dist.is_initialized():
         yield Team(rank, size), kind
         return
-    dist.init_process_group("gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl", timeout=PATIENCE)
+    with group(Team(rank, size), kind) as team:
+        yield team, kind
+
+
+@contextmanager
+def group(team: Team, kind: str, store: Any = None) -> Iterator[Team]:
+    """The processes can talk inside: those that torchrun started, or those that meet in ``store``."""
+    import torch.distributed as dist
+
+    who: dict[str, Any] = {} if store is None else {"store": store, "rank": team.rank, "world_size": team.size}
+    dist.init_process_group("gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl", timeout=PATIENCE, **who)
     failed = True
     try:
-        yield Team(rank, size), kind
+        yield team
         failed = False
     except RuntimeError as error:
         if not lost(error):
             raise
         raise Deserted("a process of this run has ended; the same command goes on from the last checkpoint") from None
     except (UndiffuseError, OSError) as error:
-        if rank == 0 or isinstance(error, Deserted):
+        if team.first or isinstance(error, Deserted):
             raise
-        raise Failed(f"process {rank} of {size}: {error}") from error
+        raise Failed(f"process {team.rank} of {team.size}: {error}") from error
     finally:
         gc.collect()  # what still holds the group (DDP, divided tensors in cycles) would outlive its threads
         if kind == "cpu" or not failed:  # NCCL would wait for the others, who end when this process does

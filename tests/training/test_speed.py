@@ -139,7 +139,7 @@ def test_short_runs_and_settings_that_are_given_are_not_tried(
     monkeypatch: pytest.MonkeyPatch, compiler: list[Any]
 ) -> None:
     timed(monkeypatch, half=0.5, compiled=0.5)
-    dataset, short = images(hours=0.1)
+    dataset, short = images(hours=0.03)
     assert choose(dataset, short) == (plain(short), "")
     _, given = images(precision="float32", compile="never")
     monkeypatch.setattr(speed, "_timed", lambda trainer: pytest.fail("measured"))

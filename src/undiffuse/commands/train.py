@@ -79,6 +79,7 @@ def train(
     frames: int | None = None,
     channels: int | None = None,
     workers: int | None = None,
+    processes: Literal["auto"] | int = "auto",
     strict: bool = False,
     change: bool = False,
     until_converged: bool = False,
@@ -114,6 +115,8 @@ def train(
         frames: Makes clips of so many frames: each video, animated picture or folder of pictures is one.
         channels: 1, 3 or 4 for images, 1 for mono; arrays: how many there are, where their shape does not tell.
         workers: Threads that read coming batches (default: what suits the data and the device); changes only the speed.
+        processes: On a CPU: so many processes share each batch, and the threads. auto: as many as the run was stopped
+            with; a new one of ten minutes or more tries what is faster.
         strict: Refuse a folder with a file that cannot be read instead of skipping it.
         change: Go on with the run that is there although its length, optimiser, objective or average were others.
         until_converged: Stop when the held-out loss no longer improves measurably; --steps or --images is then the most
@@ -127,12 +130,15 @@ def train(
     Raises:
         UndiffuseError: bad data, a setting that does not exist or is out of range, a folder of another run.
     """
+    from ..crew import Crew
     from ..distributed import joined
     from ..training import run_training
     from ..training.recipe import with_convergence
 
     if until_converged and minutes is not None:
         raise UndiffuseError("--until-converged has no time budget: give --images or --steps as the longest")
+    if processes != "auto" and processes < 1:
+        raise UndiffuseError(f"--processes {processes}: at least 1, or auto")
     given = {
         "--out": out,
         "--recipe": None if recipe == "default" else recipe,
@@ -151,6 +157,7 @@ def train(
         "--numbers": numbers,
         "--beside": beside,
         "--workers": workers,
+        "--processes": None if processes == "auto" else processes,
         "--length": length,
         "--frames": frames,
         "--channels": channels,
@@ -213,6 +220,7 @@ def train(
             data=data,
             command=shlex.join(words),
             tensorboard=tensorboard,
+            crew=Crew(tuple(words[1:]), None if processes == "auto" else processes),
             say=say,
             progress=progress,
         )

@@ -153,6 +153,8 @@ def exchange(denoiser: Any, team: Team, compiled: bool = False, loss: Callable[.
             raise UndiffuseError(
                 f"{name} is a batch norm: its output depends on how a batch is divided among processes; use group norm"
             )
+    # The gradient of a 1x1 convolution comes with the strides of channels last, which in memory are the same.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
     ddp = DistributedDataParallel(Loss(denoiser, loss), gradient_as_bucket_view=True)
     return Engine(ddp, ddp.no_sync)
 

@@ -26,7 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,8 +39,9 @@ import torch
 
 from .. import __version__
 from ..config import from_json, to_json, write_bytes_atomic, write_json_atomic
+from ..crew import Crew, called, is_called
 from ..data import Dataset
-from ..distributed import joined
+from ..distributed import Team, joined
 from ..errors import Deserted, UndiffuseError, UndiffuseWarning
 from ..pipeline import REGISTRIES
 from . import checkpoint, forensics, memory, speed
@@ -127,6 +128,7 @@ def run_training(
     command: str = "",
     probes: Sequence[Probe] = (),
     tensorboard: bool = False,
+    crew: Crew | None = None,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Result:
@@ -144,6 +146,8 @@ def run_training(
         command: the command line, for the records.
         probes: quality metrics, measured with the held-out loss.
         tensorboard: also write the curves and previews for TensorBoard, into ``tensorboard/``.
+        crew: how other processes that make this same call are started. As many as it says; if it leaves that open, as
+            many as the run had when it was stopped, or what a trial says is faster (:func:`.speed.choose_team`).
         say: called with each line for people; progress: called after each update.
 
     Raises:
@@ -166,7 +170,10 @@ def run_training(
         with team.agree():  # all that can be refused is refused before anything is written
             recipe.check(dataset.spec)
             check_divisible(recipe.training.batch_size, recipe.training.accumulation, team)
-            tracker = TensorBoard(out / "tensorboard") if tensorboard and team.first else None
+            speaks = team.first and not is_called()
+            if crew is not None and crew.size is not None:
+                check_crew(crew.size, recipe, team, device)
+            tracker = TensorBoard(out / "tensorboard") if tensorboard and speaks else None
             train, held_out = divide(dataset, recipe.training)
             if recipe.training.until_converged and held_out is None:
                 raise UndiffuseError(
@@ -178,48 +185,58 @@ def run_training(
                     f"{dataset.name}: training.quality_every needs 100 items, training.held_out of 10 or more and "
                     "training.evaluate_every: quality is measured with the held-out loss"
                 )
-            if recipe.training.quality_every and team.first:
+            if recipe.training.quality_every and speaks:
                 from ..evaluation.quality import quality_probe  # which is built on this package
 
                 probes = (*probes, quality_probe(dataset.original, recipe.training, device))
 
-        def build(chosen: dict[str, str] | None) -> Trainer:
+        def make(team: Team, chosen: dict[str, str] | None) -> Trainer:
             plan = Plan(None) if minutes is not None or recipe.training.until_converged else None
             settled = speed.settle(recipe, team.tell(chosen))
             return Trainer(train, settled, seed=seed, device=device, plan=plan, team=team, workers=workers)
 
-        if not team.first:
-            with _signals() as caught:
-                return _dismissed(follow(team, build, caught))
-        leader = Leader(team, build)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            with checkpoint.Lock(out):
-                run = _Run(
-                    dataset,
-                    held_out,
-                    recipe,
-                    out,
-                    seed,
-                    leader,
-                    device,
-                    minutes,
-                    change,
-                    data or dataset.name,
-                    say,
-                    progress,
-                )
-                run.probes, run.tracker = probes, tracker
-                result = run.train(command)
-            leader.outcome = to_json(result)
-            return result
-        except (KeyboardInterrupt, SystemExit):
-            leader.outcome = {"signal": leader.caught[0] if leader.caught else int(signal.SIGINT)}
-            raise
-        finally:
-            if tracker is not None:
-                tracker.close()
-            leader.end()
+        if not speaks:
+            with called() if is_called() else nullcontext(team) as team, _signals() as caught:
+                return _dismissed(follow(team, make, caught))
+        with Leader(team, make, crew) as leader:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                with checkpoint.Lock(out):
+                    run = _Run(
+                        dataset,
+                        held_out,
+                        recipe,
+                        out,
+                        seed,
+                        leader,
+                        device,
+                        minutes,
+                        change,
+                        data or dataset.name,
+                        say,
+                        progress,
+                    )
+                    run.probes, run.tracker = probes, tracker
+                    result = run.train(command)
+                leader.outcome = to_json(result)
+                return result
+            except (KeyboardInterrupt, SystemExit):
+                leader.outcome = {"signal": leader.caught[0] if leader.caught else int(signal.SIGINT)}
+                raise
+            finally:
+                if tracker is not None:
+                    tracker.close()
+
+
+def check_crew(size: int, recipe: Recipe, team: Team, device: str) -> None:
+    """Refuse a number of processes that this one cannot lead."""
+    if team.size not in (1, size):
+        raise UndiffuseError(f"--processes {size}: torchrun has started {team.size}, which decides it; leave it out")
+    if size > 1 and team.size == 1 and device != "cpu":
+        raise UndiffuseError(
+            f"--processes {size} is for CPUs; start one for each GPU: torchrun --nproc-per-node {size}"
+        )
+    check_divisible(recipe.training.batch_size, recipe.training.accumulation, Team(0, size))
 
 
 def _dismissed(outcome: dict[str, Any]) -> Result:
@@ -268,7 +285,11 @@ class _Run:
         begun = time.monotonic()
         if found is None:
             items = divide(dataset, recipe.training)[0]
-            recipe, self.ways = speed.choose(items, recipe, seed=seed, device=device, team=leader.team, minutes=minutes)
+            if leader.crew is not None and leader.crew.size is not None:
+                leader.take_on(leader.crew.size)
+            recipe, said = speed.choose(items, recipe, seed=seed, device=device, team=leader.team, minutes=minutes)
+            more = speed.choose_team(leader, items, recipe, seed=seed, device=device, minutes=minutes)
+            self.ways = "; ".join(filter(None, (said, more)))
         else:
             recipe = speed.as_before(recipe, found.state)
         tried = time.monotonic() - begun
@@ -282,7 +303,10 @@ class _Run:
         }
         if dataset.codec is not None:
             self.identity["dataset"] |= {"original": dataset.original.fingerprint}
-        changes = [] if found is None else self._changes(found, change)
+        changes = []
+        if found is not None:
+            changes = self._changes(found, change)
+            leader.take_on(speed.team_before(leader, found.state))
         self.leader = leader
         self.trainer = leader.build(speed.settled(recipe))
         self.machine = {
@@ -725,7 +749,9 @@ def header(trainer: Trainer, out: Path, data: str, held_out: str) -> list[str]:
         epochs = plan.images / len(dataset)
         length = f"{plan.images:,} images ({epochs:.3g} epochs)"
     parts = f" in {training.accumulation} parts" if training.accumulation > 1 else ""
-    threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s' * (count > 1)}" if trainer.device.type == "cpu" else ""
+    threads += " each" if threads and trainer.team.size > 1 else ""
     processes = f"{trainer.team.size} processes, " if trainer.team.size > 1 else ""
     processes += "state divided among them, " if trainer.divided else ""
     compiled = ", compiled" if training.compile == "always" else ""

@@ -1,4 +1,5 @@
-"""Which way of computing an update is the fastest here: in bfloat16 or float32, compiled or not. Decided by trying.
+"""Which way of computing an update is the fastest here: in bfloat16 or float32, compiled or not, by one process with
+many threads or by many with fewer. Decided by trying.
 
 A long run whose recipe says ``auto`` makes a few real updates each way, in turn, so that what else the machine does
 hits both, and takes the median of their ratios. What was measured is kept in the user's cache; what was chosen becomes
@@ -17,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,13 +28,20 @@ from ..distributed import ALONE, Team
 from ..errors import UndiffuseError, UndiffuseWarning
 from ..pipeline import REGISTRIES
 from . import memory
+from .distributed import Leader
 from .engine import divides, exchange
 from .recipe import Plan, Recipe
 from .trainer import Trainer
 
 LEAST_UPDATES = 200
-LEAST_SECONDS = 600.0
-"""Shorter runs are not worth a trial."""
+LEAST_SECONDS = 120.0
+"""Shorter runs are not worth a trial, which takes about 20 updates."""
+
+TEAM_SECONDS = 600.0
+"""Shorter runs are not worth that other processes are started, which takes several seconds."""
+
+LEAST_SHARE = 8
+"""Images of a batch that each process has at least."""
 
 ROUNDS = 7
 LEAST_GAIN = 0.05
@@ -77,6 +85,24 @@ class Trial:
             return False
         saved = seconds * (1 - self.compiled)
         return self.compiled < 1 - LEAST_GAIN and saved > 3 * self.compiling
+
+
+@dataclass(frozen=True)
+class TeamTrial:
+    """What was measured of a team.
+
+    Attributes:
+        seconds: an update by one process with all threads.
+        share: the time of an update by the team as a share of that.
+    """
+
+    seconds: float
+    share: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether the team is faster."""
+        return self.share < 1 - LEAST_GAIN
 
 
 def settle(recipe: Recipe, chosen: Mapping[str, str]) -> Recipe:
@@ -203,14 +229,14 @@ def _trial(
     """What was measured now or earlier; None: not worth it."""
     training = recipe.training
     file = _cached(recipe, dataset, device)
-    known = _read(file)
+    known = _read(file, Trial)
     trainer = None
     if known is None:
         trainer = Trainer(dataset, plain(recipe), seed=seed, device=device, plan=Plan(None), workers=0)
         seconds = median([_timed(trainer) for _ in range(5)][2:])
     else:
         seconds = known.seconds
-    if (60 * minutes if minutes is not None else updates * seconds) < least_seconds:
+    if not _long(seconds, updates, minutes, least_seconds):
         return None
     if known is not None or trainer is None:
         return known
@@ -222,10 +248,14 @@ def _trial(
         trainer.half = trial.half
     if training.compile == "auto":
         trial = _try_compiling(trainer, trial, rounds)
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(file, asdict(trial))
+    _keep(file, trial)
     return trial
+
+
+def _long(seconds: float, updates: float, minutes: float | None, least_seconds: float) -> bool:
+    """Whether a run of updates that take so long is worth a trial."""
+    updates = updates if minutes is None else 60 * minutes / seconds
+    return updates >= LEAST_UPDATES and updates * seconds >= least_seconds
 
 
 def _try_compiling(trainer: Trainer, trial: Trial, rounds: int) -> Trial:
@@ -275,7 +305,7 @@ def _timed(trainer: Trainer) -> float:
     return time.perf_counter() - begun
 
 
-def _cached(recipe: Recipe, dataset: Dataset, device: torch.device) -> Any:
+def _cached(recipe: Recipe, dataset: Dataset, device: torch.device, processes: int = 1) -> Any:
     """The file for trials of this model, shape and batch on this device with this torch."""
     from ..cache import cache_folder
 
@@ -290,7 +320,7 @@ def _cached(recipe: Recipe, dataset: Dataset, device: torch.device) -> Any:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {_processor()}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-    }
+    } | ({"processes": processes} if processes > 1 else {})
     digest = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     return cache_folder() / "speed" / f"{digest}.json"
 
@@ -299,8 +329,114 @@ def _processor() -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {os.cpu_count()}"
 
 
-def _read(file: Any) -> Trial | None:
+def _keep(file: Any, trial: Trial | TeamTrial) -> None:
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(file, asdict(trial))
+
+
+T = TypeVar("T", Trial, TeamTrial)
+
+
+def _read(file: Any, kind: type[T]) -> T | None:
     try:
-        return Trial(**load_json(file)) if file.is_file() else None
+        return kind(**load_json(file)) if file.is_file() else None
     except (UndiffuseError, OSError, TypeError):
         return None  # damaged: measured again
+
+
+# --- how many processes -----------------------------------------------------------------------------------------------
+
+
+def team_size(threads: int, batch: int) -> int:
+    """How many processes to try for a batch (or part of one) of this size instead of so many threads: one a thread,
+    fewer if their shares would be too small."""
+    return max(
+        size for size in range(1, threads + 1) if threads % size == 0 and (size == 1 or batch >= LEAST_SHARE * size)
+    )
+
+
+def team_before(leader: Leader, state: Mapping[str, Any]) -> int:
+    """How many processes a run goes on with from a checkpoint with this ``state``: as many as it is told; else as many
+    as it had, if there are so many threads."""
+    if leader.crew is None:
+        return 1
+    if leader.crew.size is not None:
+        return leader.crew.size
+    try:
+        before = int(state["machine"]["processes"]) if state["machine"]["device"] == "cpu" else 1
+    except (KeyError, TypeError, ValueError):
+        return 1  # the run says what is wrong with the checkpoint
+    return before if 1 < before <= torch.get_num_threads() else 1
+
+
+def choose_team(
+    leader: Leader,
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    minutes: float | None = None,
+    rounds: int = ROUNDS,
+    least_seconds: float = TEAM_SECONDS,
+) -> str:
+    """Let the leader take on a team where that is open and pays; in one line why (empty where nothing was tried).
+
+    What is tried are real processes, each with its share of the batch and of the threads, against this one with all.
+
+    Args:
+        recipe: with nothing left open.
+    """
+    training, threads, place = recipe.training, torch.get_num_threads(), torch.device(device)
+    size = team_size(threads, training.batch_size // training.accumulation)
+    updates = training.images / training.batch_size
+    may = leader.crew is not None and leader.crew.size is None and leader.team.size == 1
+    if not may or size == 1 or place.type != "cpu" or recipe.codec is not None:
+        return ""
+    if updates < LEAST_UPDATES if minutes is None else 60 * minutes < least_seconds:
+        return ""
+    file = _cached(recipe, dataset, place, size)
+    known = _read(file, TeamTrial)
+    alone = None
+    if known is None:
+        try:
+            alone = Trainer(dataset, recipe, seed=seed, device=place, plan=Plan(None), workers=0)
+            seconds = median([_timed(alone) for _ in range(5)][2:])
+        except UndiffuseError:  # the run itself will say what is wrong
+            return ""
+    else:
+        seconds = known.seconds
+    room = memory.limit(place)
+    if not _long(seconds, updates, minutes, least_seconds) or (room and size * memory.peak(place) > 0.8 * room):
+        return ""
+    if (known is None or known.pays) and not leader.take_on(size):
+        return ""
+    if known is None and alone is not None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UndiffuseWarning)
+                known = _together(alone, leader.build(settled(recipe)), threads, rounds)
+        except (UndiffuseError, RuntimeError, MemoryError):
+            leader.dismiss()
+            return ""
+        _keep(file, known)
+        if not known.pays:
+            leader.dismiss()
+    assert known is not None
+    way = f"{size} processes" if known.pays else "one process"
+    each = f"{size} processes that share the {threads} threads"
+    return f"{way}: an update by {each} takes {known.share:.0%} of the time of one by one"
+
+
+def _together(alone: Trainer, team: Trainer, threads: int, rounds: int) -> TeamTrial:
+    def usual() -> float:
+        torch.set_num_threads(threads)
+        try:
+            return _timed(alone)
+        finally:
+            torch.set_num_threads(max(1, threads // team.team.size))
+
+    usual(), _timed(team), _timed(team)
+    pairs = [(usual(), _timed(team)) for _ in range(rounds)]
+    return TeamTrial(median(here for here, _ in pairs), median(there / here for here, there in pairs))
