@@ -356,6 +356,18 @@ def test_any_condition_is_asked_for_by_name_and_sample_i_gets_row_i_in_turn() ->
         assert not torch.allclose(together, made.draw(3, cond={**cond, name: [None]}, seed=3), atol=1e-4)
 
 
+def test_one_row_is_as_good_as_a_list_of_it() -> None:
+    made = conditional()
+    alone = made.conditions(range(2), None, cond={"kind": [1, None], "place": (0.5, 1), "text": "a red dot"})
+    listed = made.conditions(range(2), None, cond={"kind": [[1, None]], "place": [[0.5, 1]], "text": ["a red dot"]})
+    assert all(torch.equal(alone[name], listed[name]) for name in alone)
+    other = pipeline()
+    assert other.conditions(range(2), None, cond={"classes": "7"})["classes"].tolist() == [7, 7]
+    assert other.conditions(range(3), None, cond={"classes": ["7", 3, None]})["classes"].tolist() == [7, 3, 10]
+    with pytest.raises(UndiffuseError, match="unknown class 'seven'"):
+        other.conditions([0], None, cond={"classes": "seven"})
+
+
 def test_guidance_leads_away_from_any_condition_by_name() -> None:
     made = conditional()
     sampling = made.settings(guidance_scale=2.5)
@@ -389,7 +401,7 @@ def test_guidance_leads_away_from_any_condition_by_name() -> None:
         ({"place": [0.1]}, "takes \\[B, 2\\]"),
         ({"place": torch.zeros(1, 3)}, "takes \\[B, 2\\]"),
         ({"text": [3]}, "is a text"),
-        ({"text": "a red dot"}, "a list of texts"),
+        ({"place": [[[0.1, 0.2]]]}, "takes \\[B, 2\\]"),
     ],
 )
 def test_conditions_that_do_not_exist_are_named(cond: dict, message: str) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -545,6 +546,21 @@ class Patches(Condition):
         return Embedded(tokens=self.linear(cut.nan_to_num()) + self.places, mask=there)
 
 
+def rows_in(given: Any, depth: int) -> list[Any]:
+    """The rows of what people give of a condition, of which each is None or a list of lists ``depth`` deep (0: a number
+    or a text): one row alone is as good as a list of it."""
+    rows = list(given) if isinstance(given, LISTS) else [given]
+    said = next((row for row in rows if row is not None), None)
+    return rows if said is None or _depth(said) >= depth else [rows]
+
+
+LISTS = (list, tuple, np.ndarray, Tensor)
+
+
+def _depth(row: Any) -> int:
+    return (1 + _depth(row[0]) if len(row) else 1) if isinstance(row, LISTS) else 0
+
+
 def waits(values: Tensor) -> bool:
     """Whether looking at these numbers waits for a device."""
     return values.device.type != "cpu"
@@ -649,17 +665,17 @@ class Conditions(nn.Module):
 
     def read(self, name: str, rows: Tensor | Sequence[Any], reading: PromptReading = AS_WRITTEN) -> Tensor:
         """Raw values ``[R, ...]`` of one condition, checked, from what people write: R numbers or lists of numbers, of
-        a :class:`Written` one texts, read as ``reading`` says; None, or None for one number of several, asks for
-        nothing in particular."""
+        a :class:`Written` one texts, read as ``reading`` says, or one of them alone; None, or None for one number of
+        several, asks for nothing in particular."""
         if name not in (known := (*self.asked, *self.told)):
             raise unknown("condition", name, known)
         part = self.part(name)
+        if not isinstance(rows, Tensor):
+            rows = rows_in(rows, 0 if isinstance(part, Written) else part.null(1).ndim - 1)
         if len(rows) == 0:
             raise UndiffuseError(f"condition {name}: no row given; name one, or leave it out")
         if isinstance(rows, Tensor):
             return part.check(rows)
-        if isinstance(rows, str):
-            raise UndiffuseError(f"condition {name}: give a list of texts, not one")
         return part.join([part.check(self._row(name, part, row, reading)) for row in rows])
 
     def _row(self, name: str, part: Condition, row: Any, reading: PromptReading) -> Tensor:

@@ -412,6 +412,16 @@ class Pipeline:
         return self.denoiser.conditions is not None and bool(self.denoiser.conditions.written)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of all that it can be asked for by name: its conditions, and each attribute and number of its data."""
+        conditions = self.denoiser.conditions
+        if conditions is None:
+            return ()
+        kinds = (("attributes", self.spec.attributes), ("numbers", self.spec.numbers))
+        parts = [part for kind, parts in kinds if kind in conditions.names for part, *_ in parts]
+        return (*conditions.asked, *conditions.told, *parts)
+
+    @property
     def beside(self) -> DataSpec | None:
         """Of the picture that it is shown beside the noise, if it is; :func:`.read_shown` reads such pictures."""
         conditions = self.denoiser.conditions
@@ -701,8 +711,9 @@ class Pipeline:
         reading: PromptReading | None = None,
     ) -> dict[str, Tensor]:
         """The condition of each sample: sample i gets ``classes[i % len(classes)]`` and ``prompts[i % len(prompts)]``,
-        and of any condition by name row i in turn of ``cond[name]`` (:meth:`.Conditions.read`): attributes by the names
-        of their values, numbers in their own units, and each of them also by itself (:func:`.columns.asked`).
+        and of any condition by name row i in turn of ``cond[name]`` (:meth:`.Conditions.read`): classes and attributes
+        by the names of their values, numbers in their own units, and each of them also by itself
+        (:func:`.columns.asked`). The command line, the server and the studio are all read here.
 
         Without classes: every class in turn, or none in particular where anything else is asked for; a class of None
         asks for nothing in particular (the null class). Without prompts, or with an empty one: the null text.
@@ -712,9 +723,12 @@ class Pipeline:
         reading = self.sampling.reading if reading is None else reading
         usual = {} if conditions is None else conditions.usual(len(samples))
         asked: dict[str, Tensor] = {}
-        for name, given in in_raw(self.spec, cond or {}).items():
+        for name in cond or {}:
             if conditions is None:
                 raise UndiffuseError(f"condition {name} asked of a model without conditions")
+            if name not in self.names:
+                raise unknown("condition", name, self.names)
+        for name, given in in_raw(self.spec, cond or {}).items() if conditions is not None else ():
             rows = conditions.read(name, given, reading)
             asked[name] = rows[torch.tensor([i % len(rows) for i in samples])].to(self.device)
         if prompts is not None:
@@ -816,7 +830,8 @@ class Pipeline:
         units of the data) at that image with noise of level t = ``strength``, in (0, 1] (:func:`.image_to_image`).
 
         ``keep`` (boolean, broadcast to the image): where the image stays as it is. A network that was trained to fill
-        holes is told of it; another one's estimates are held there (:func:`.keep_known`).
+        holes is told of it, and what is known of a picture ``cond["beside"]`` of its own stays too; another one's
+        estimates are held there (:func:`.keep_known`).
         """
         sampling = sampling or self.settings()
         numbers = range(samples) if isinstance(samples, int) else samples
@@ -826,11 +841,16 @@ class Pipeline:
             if image is None:
                 raise UndiffuseError("keep says where the image stays as it is: give image as well")
             kept = image.to(self.device), checked_keep(keep, image).to(self.device)
-            seen = {} if self.home is None else self.home.seen(self, *kept)
+            seen = self._seen(*kept)
+            if twice := [name for name in seen if name in (cond or {})]:
+                raise UndiffuseError(f"{twice[0]} is given twice: as a condition, and as the image to keep a part of")
             if not seen:
                 wrap = partial(keep_known, known=self.encode(kept[0]), keep=self.kept(kept[1]))
         seen = {name: rows.expand(len(numbers), *rows.shape[1:]) for name, rows in seen.items()}
-        told = {**self.conditions(numbers, classes, prompts, cond, sampling.reading), **seen}
+        asked = {**(cond or {}), **{name: [None] for name in seen}}  # so that no class is asked for unless it is named
+        told = {**self.conditions(numbers, classes, prompts, asked, sampling.reading), **seen}
+        if kept is None and self.fills_holes:
+            kept = told["beside"].nan_to_num(), ~told["beside"].isnan()
         self.check(told, sampling)
         if (negative_prompt or against) and sampling.guidance_scale == 1:
             raise UndiffuseError("a negative prompt acts through guidance: set a guidance scale other than 1")
@@ -853,6 +873,12 @@ class Pipeline:
         levels = below(levels, strength)
         x = levels[0].mix(self.encode(image).to(eps).expand_as(eps), eps)
         return Start(x, levels, sampling, noise, told, away, sampling.memory(), kept, wrap)
+
+    def _seen(self, image: Tensor, keep: Tensor) -> dict[str, Tensor]:
+        """The conditions that tell a network which fills holes what of ``image`` is kept."""
+        if self.home is not None:
+            return self.home.seen(self, image, keep)
+        return {"beside": torch.where(keep, image, torch.nan)} if self.fills_holes else {}
 
     def end(self, begun: Start, z: Tensor, alone: bool = False) -> Tensor:
         """The samples of a trajectory that ended at ``z``, on the CPU: decoded (``alone``: :meth:`decode`), and

@@ -144,6 +144,10 @@ def test_peoples_words() -> None:
     assert asked(SPEC, {"breed": ["manx", None, "tabby"]})["attributes"] == [[0, None], [None, None], [1, None]]
     assert asked(SPEC, {"stars": [1]}) == {"attributes": [[None, 0]]}  # a name, never an index
     assert asked(SPEC, {"age": [14, 10], "weight": 50})["numbers"] == [[2.0, 0.0], [0.0, 0.0]]
+    assert asked(SPEC, {"attributes": ["manx", None], "numbers": [14, 50]}) == {
+        "attributes": [[0, None]],
+        "numbers": [[2.0, 0.0]],
+    }
     raw = torch.zeros(1, 2)
     assert asked(SPEC, {"numbers": raw})["numbers"] is raw
     assert asked(SPEC, {"numbers": [None]})["numbers"] == [None]
@@ -152,6 +156,8 @@ def test_peoples_words() -> None:
         ({"stars": [0]}, "unknown stars"),
         ({"age": [3]}, "asked for together: give weight"),
         ({"age": ["old"], "weight": [3]}, "age='old' must be a number"),
+        ({"age": True, "weight": 3}, "age=True must be a number"),
+        ({"age": [], "weight": 3}, "age: no row given"),
         ({"breed": ["manx"], "attributes": [["manx", "1"]]}, "given twice"),
         ({"attributes": [["manx"]]}, r"2 values \(breed, stars\)"),
     ]:

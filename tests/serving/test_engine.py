@@ -230,7 +230,7 @@ def test_guidance_may_lead_away_from_a_class(model: Pipeline) -> None:
     """At scale 2 away from class 3: 2 cond - class 3, in every estimate of a one-step sample."""
     settings = model.settings(solver="euler", steps=1, guidance_scale=2.0)
     with Engine({"m": model}, rows=4) as engine:
-        got = engine.run(Request("m", settings, classes=[1], against=3))
+        got = engine.run(Request("m", settings, classes=[1], against={"classes": [3]}))
     one, three = (
         model.draw(1, classes=[c], sampling=model.settings(solver="euler", steps=1, guidance_scale=1.0)) for c in (1, 3)
     )

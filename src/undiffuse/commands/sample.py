@@ -316,10 +316,8 @@ def parse_rows(texts: Sequence[str], pipeline: Pipeline, option: str) -> dict[st
     rows: dict[str, list[Any]] = {}
     for each in texts:
         name, equals, said = each.partition("=")
-        known = [*(conditions.asked if conditions else ())]
-        parts = [part for part, *_ in (*pipeline.spec.attributes, *pipeline.spec.numbers)]
-        if conditions is None or name not in (*known, *parts):
-            raise unknown(f"condition of --{option} (as in classes=3)", name, [*known, *parts])
+        if conditions is None or name not in pipeline.names:
+            raise unknown(f"condition of --{option} (as in classes=3)", name, pipeline.names)
         if name == "beside":
             raise UndiffuseError(f"--{option} {each}: pictures are given by --beside")
         if name in conditions.written:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..conditions import rows_in
 from ..errors import UndiffuseError, unknown
 from .spec import DataSpec
 from .store import printable
@@ -152,13 +153,16 @@ def _word(part: str, values: Sequence[str]) -> str | None:
 
 def asked(spec: DataSpec, cond: Mapping[str, Any]) -> dict[str, Any]:
     """``cond`` as the model takes it: attributes by the names of their values, numbers in their own units, and each of
-    them also by its own name (``{"breed": ["manx", None], "age": [3]}``). Tensors are raw values already."""
+    them also by its own name (``{"breed": ["manx", None], "age": 3}``), classes by name too. One row may stand without
+    the list of rows. Tensors are raw values already."""
     found = dict(cond)
     for kind, parts in (("attributes", spec.attributes), ("numbers", spec.numbers)):
         names: list[str] = [name for name, *_ in parts]
-        given = {name: _rows(found.pop(name)) for name in names if name in found}
+        given = {name: rows_in(found.pop(name), 0) for name in names if name in found}
         if given and kind in found:
             raise UndiffuseError(f"{next(iter(given))} is given twice: by itself and among the {kind}")
+        if empty := [name for name, rows in given.items() if not rows]:
+            raise UndiffuseError(f"{empty[0]}: no row given; name one, or leave it out")
         if given:
             missing = [name for name in names if name not in given]
             if kind == "numbers" and missing:
@@ -168,12 +172,18 @@ def asked(spec: DataSpec, cond: Mapping[str, Any]) -> dict[str, Any]:
             count = math.lcm(*map(len, given.values()))
             found[kind] = [[given[n][i % len(given[n])] if n in given else None for n in names] for i in range(count)]
         if parts and kind in found and not isinstance(found[kind], Tensor):
-            found[kind] = [None if row is None else _raw(spec, kind, row) for row in _rows(found[kind])]
+            found[kind] = [None if row is None else _raw(spec, kind, row) for row in rows_in(found[kind], 1)]
+    if "classes" in found and not isinstance(found["classes"], Tensor):
+        found["classes"] = [_class(each, spec.classes) for each in rows_in(found["classes"], 0)]
     return found
 
 
-def _rows(given: Any) -> list[Any]:
-    return list(given) if isinstance(given, (list, tuple, np.ndarray, Tensor)) else [given]
+def _class(each: Any, names: Sequence[str]) -> Any:
+    if not isinstance(each, str):
+        return each
+    if each not in names:
+        raise unknown("class", each, names)
+    return names.index(each)
 
 
 def _raw(spec: DataSpec, kind: str, row: Any) -> list[Any]:
@@ -195,8 +205,8 @@ def _raw(spec: DataSpec, kind: str, row: Any) -> list[Any]:
         else:
             name, mean, deviation = spec.numbers[k]
             try:
-                value = float(each)
-            except (TypeError, ValueError):
+                value = math.nan if isinstance(each, bool) else float(each)
+            except (TypeError, ValueError, OverflowError):
                 value = math.nan
             if not math.isfinite(value):
                 raise UndiffuseError(

@@ -12,16 +12,28 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
+from ..beside import stated
 from ..commands.sample import parse_classes
+from ..conditions import Attributes, Patches, Picture, Vector, Written, rows_in
 from ..data import DataSpec
 from ..data.images import Target, decode, read_header
+from ..data.shown import File, hole_in, shown_in
 from ..data.sounds import encode_wav
 from ..data.store import BadFile
 from ..errors import UndiffuseError
@@ -69,6 +81,26 @@ class Refused(Exception):
 # --- The forms --------------------------------------------------------------------------------------------------------
 
 
+Word = Annotated[str, Field(max_length=10_000, strict=True)]
+Cell = Word | Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True)] | None
+Row = Cell | Annotated[list[Cell], Field(max_length=1000)]
+"""What is asked of one sample: a text, a name, a number or several; null leaves it open."""
+
+
+def _said_once(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return read(value)
+    except ValidationError:
+        raise PydanticCustomError(
+            "rows", "must be a name, a number, null, a list of them, or a list of lists"
+        ) from None
+
+
+Rows = Annotated[Row | Annotated[list[Row], Field(max_length=1000)], WrapValidator(_said_once)]
+Given = dict[Annotated[str, Field(max_length=100)], Rows]
+"""Conditions by name: one row, or rows that the samples get in turn; :meth:`.Pipeline.conditions` reads them."""
+
+
 class How(BaseModel):
     """Fields beyond OpenAI's that every form takes; with its client they go into ``extra_body``."""
 
@@ -84,6 +116,13 @@ class How(BaseModel):
     long_prompts: Literal["cut", "windows"] | None = Field(None, description="windows: nothing of a long prompt is cut")
     clip_skip: int | None = Field(None, ge=0, le=100, description="how many of CLIP's last layers are left out")
     class_labels: int | list[int] | None = Field(None, description="class numbers; sample i gets number i modulo them")
+    cond: Given | None = Field(
+        None, max_length=100, description="any condition by name, as /v1/models lists them; sample i gets row i in turn"
+    )
+    against: Given | None = Field(None, max_length=100, description="what guidance leads away from, by name")
+    beside: str | Annotated[list[str], Field(max_length=64)] | None = Field(
+        None, description="base64 of what the model is shown: a picture, or a .npy in the data's own units"
+    )
 
 
 class Generation(How):
@@ -108,6 +147,11 @@ class Edit(Generation):
     """The fields of ``/v1/images/edits`` beside its files, ``image`` and ``mask``."""
 
     strength: float | None = Field(None, gt=0, le=1, description="how much noise; 0.6, or 1 with a mask")
+
+    @field_validator("cond", "against", mode="before")
+    @classmethod
+    def _of_text(cls, value: Any) -> Any:
+        return loads(value) if isinstance(value, str) else value
 
 
 class Samples(How):
@@ -138,6 +182,18 @@ class TextToImage(BaseModel):
 
 def read_json(body: bytes, form: type[B]) -> B:
     """``body`` as one form. Stricter than most: no duplicate keys, no NaN, no text for numbers, no unknown field."""
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Refused(400, "the body is not JSON", code="invalid_json") from None
+    value = loads(text)
+    if not isinstance(value, dict):
+        raise Refused(400, "the body must be a JSON object", code="invalid_json")
+    return checked(form, value, strict=True)
+
+
+def loads(text: str) -> Any:
+    """What JSON says, without duplicate keys and NaN."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
@@ -151,12 +207,9 @@ def read_json(body: bytes, form: type[B]) -> B:
         raise Refused(400, f"{text} is not JSON")
 
     try:
-        value = json.loads(body.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except (ValueError, RecursionError):
-        raise Refused(400, "the body is not JSON", code="invalid_json") from None
-    if not isinstance(value, dict):
-        raise Refused(400, "the body must be a JSON object", code="invalid_json")
-    return checked(form, value, strict=True)
+        raise Refused(400, "this is not JSON", code="invalid_json") from None
 
 
 def checked(form: type[B], value: Mapping[str, Any], strict: bool) -> B:
@@ -220,8 +273,40 @@ def sampling_of(form: How, pipeline: Pipeline, limits: Limits) -> Sampling:
     return settings
 
 
-def classes_of(form: How, prompt: str, pipeline: Pipeline, samples: int) -> list[int | None] | None:
-    """The class of each sample: of ``class_labels``, else of the prompt."""
+def asked_of(
+    form: How, prompt: str, pipeline: Pipeline, sampling: Sampling, shown: Tensor | None = None
+) -> dict[str, Any]:
+    """What of a :class:`.engine.Request` says what is asked for; ``shown``: the pictures beside, model units."""
+    classes = classes_of(form, prompt, pipeline)
+    conditions = pipeline.denoiser.conditions
+    written = {} if conditions is None else conditions.written
+    given: dict[str, dict[str, Any]] = {"cond": {**(form.cond or {})}, "against": {**(form.against or {})}}
+    if (negative := against_of(form, pipeline, sampling)) is not None:
+        if "classes" in given["against"]:
+            raise Refused(400, "a class is in against already", "negative_prompt", "invalid_value")
+        given["against"]["classes"] = negative
+    if given["against"] and sampling.guidance_scale == 1:
+        raise Refused(400, "at guidance_scale 1 this does nothing: ask for more", "against", "invalid_value")
+    for field, rows in given.items():
+        if "beside" in rows and pipeline.beside is not None:
+            raise Refused(400, "a picture is given as beside, or as the image of an edit", field, "invalid_value")
+        try:
+            for name, part in written.items():
+                for text in rows_in(rows.get(name), 0):
+                    part.check_length(text if isinstance(text, str) else "", sampling.reading)
+            pipeline.conditions([0], None, cond=rows, reading=sampling.reading)
+        except UndiffuseError as error:
+            raise Refused(400, str(error), field, "invalid_value") from None
+    if shown is not None:
+        given["cond"]["beside"] = shown
+    texts = texts_of(form, prompt, pipeline, sampling) if written else {}
+    if written.keys() & given["cond"].keys() and not prompt.strip():
+        texts["prompts"] = None
+    return {"classes": classes, **{name: rows or None for name, rows in given.items()}, **texts}
+
+
+def classes_of(form: How, prompt: str, pipeline: Pipeline) -> list[int | None] | None:
+    """The classes that the samples get in turn: ``class_labels``, else those of the prompt."""
     names = pipeline.spec.classes if "classes" in pipeline.denoiser.null(1) else ()
     if form.class_labels is not None:
         labels = [form.class_labels] if isinstance(form.class_labels, int) else form.class_labels
@@ -231,19 +316,16 @@ def classes_of(form: How, prompt: str, pipeline: Pipeline, samples: int) -> list
             raise Refused(400, f"classes are 0 to {len(names) - 1}", "class_labels", "invalid_value")
         if prompt.strip():
             raise Refused(400, "give class_labels or a prompt, not both", "class_labels", "invalid_value")
-        return [labels[i % len(labels)] for i in range(samples)]
-    if pipeline.takes_prompts:  # then the prompt is a text
+        return [*labels]
+    if pipeline.takes_prompts or not prompt.strip():  # then the prompt is a text
         return None
-    if not prompt.strip():
-        return [i % len(names) for i in range(samples)] if names else None
     if not names:
         raise Refused(400, "this model takes no prompt: leave it empty", "prompt", "invalid_value")
-    chosen = _classes(prompt, names, "prompt")
-    return [chosen[i % len(chosen)] for i in range(samples)]
+    return _classes(prompt, names, "prompt")
 
 
 def against_of(form: How, pipeline: Pipeline, sampling: Sampling) -> int | None:
-    """The class that guidance leads away from."""
+    """The class that a negative prompt names."""
     if not (form.negative_prompt or "").strip():
         return None
     if sampling.guidance_scale == 1:
@@ -262,10 +344,8 @@ def against_of(form: How, pipeline: Pipeline, sampling: Sampling) -> int | None:
 def texts_of(form: How, prompt: str, pipeline: Pipeline, sampling: Sampling) -> dict[str, Any]:
     """What a model with text is asked for, and what guidance leads it away from."""
     conditions = pipeline.denoiser.conditions
-    if conditions is None or not conditions.written:
-        return {}
     for field, text in (("prompt", prompt), ("negative_prompt", form.negative_prompt or "")):
-        for part in conditions.written.values():
+        for part in conditions.written.values() if conditions is not None else ():
             try:
                 part.check_length(text, sampling.reading)
             except UndiffuseError as error:
@@ -296,6 +376,97 @@ def check_size(form: Generation, spec: DataSpec) -> None:
 # --- Pictures in and out ----------------------------------------------------------------------------------------------
 
 
+def askable(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """The conditions that a model can be asked for by name, and what a client, or a control, must know of each."""
+    conditions, spec = pipeline.denoiser.conditions, pipeline.spec
+    found: list[dict[str, Any]] = []
+    for name in () if conditions is None else (*conditions.asked, *conditions.told):
+        part = conditions.part(name)
+        match part:
+            case Attributes() if name == "attributes" and spec.attributes:
+                found += [{"name": each, "kind": "attribute", "values": known} for each, known in spec.attributes]
+            case Vector() if name == "numbers" and spec.numbers:
+                found += [{"name": n, "kind": "number", "mean": mean, "deviation": d} for n, mean, d in spec.numbers]
+            case _ if name == "classes":
+                found.append({"name": name, "kind": "classes", "count": int(part.null(1)[0]), "values": spec.classes})
+            case Written():
+                found.append({"name": name, "kind": "text", "length": part.length})
+            case Attributes():
+                found.append({"name": name, "kind": "attributes", "sizes": part.sizes})
+            case Vector():
+                found.append({"name": name, "kind": "vector", "size": part.size})
+            case Picture() | Patches() if name == "beside" and (shown := pipeline.beside) is not None:
+                made = None if part.made is None else stated(part.made)["kind"]
+                size = "x".join(map(str, reversed(shown.shape[1:]))) if shown.has_pictures else None
+                form = {"shape": shown.original_shape, "dtype": shown.dtype, "size": size}
+                found.append({"name": name, "kind": "picture", "made": made, **form})
+            case _:
+                found.append({"name": name, "kind": "array", "shape": list(part.null(1).shape[1:])})
+    return found
+
+
+def read_beside(form: How, pipeline: Pipeline) -> Tensor | None:
+    """The pictures that a model is to be shown, ``[N, *shape]``, model units, NaN where nothing is known."""
+    if form.beside is None:
+        return None
+    files = []
+    if not form.beside:
+        raise Refused(400, "no picture given: name one, or leave beside out", "beside", "invalid_value")
+    for each in [form.beside] if isinstance(form.beside, str) else form.beside:
+        try:
+            files.append(base64.b64decode(each, validate=True))
+        except ValueError:
+            raise Refused(400, "beside is base64 of a picture or of a .npy", "beside", "invalid_value") from None
+    return shown_of("beside", files, pipeline)
+
+
+def shown_of(field: str, files: Sequence[bytes], pipeline: Pipeline) -> Tensor:
+    """The pictures in these files, which ``field`` gave, as a model is shown them."""
+    if pipeline.beside is None:
+        raise Refused(400, "this model was not trained with pictures beside", field, "invalid_value")
+    try:
+        return shown_in([File(field, data) for data in files], pipeline.beside, holes=pipeline.fills_holes)
+    except UndiffuseError as error:
+        raise Refused(400, str(error), field, "invalid_image") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """Where the pictures of an edit begin, and what of it stays; or what the model is shown."""
+
+    image: Tensor | None = None
+    keep: Tensor | None = None
+    strength: float = 1.0
+    shown: Tensor | None = None
+
+
+def read_edit(form: Edit, files: Mapping[str, bytes], pipeline: Pipeline, limits: Limits) -> Beginning:
+    """What the files of an edit mean. A model that was trained with pictures beside is shown ``image``: to enlarge, to
+    colour, or to fill where ``mask`` or transparency says so. Any other begins at it with noise of ``strength``, and
+    keeps what the mask does not give free."""
+    spec, mask = pipeline.spec, files.get("mask")
+    if pipeline.beside is not None and form.beside is not None:
+        raise Refused(400, "the image is what this model is shown: leave out beside", "beside", "invalid_value")
+    if pipeline.beside is not None and not pipeline.fills_holes:
+        for field, given in (("mask", mask), ("strength", form.strength)):
+            if given is not None:
+                raise Refused(400, f"this model is shown the image, whole: leave out {field}", field, "invalid_value")
+        return Beginning(shown=shown_of("image", [files["image"]], pipeline))
+    image = read_picture(files["image"], spec, limits)
+    if mask is None and pipeline.fills_holes and has_hole(files["image"], spec, limits):
+        mask = files["image"]
+    keep = None if mask is None else read_mask(mask, spec, limits)
+    return Beginning(image, keep, form.strength if form.strength is not None else 0.6 if keep is None else 1.0)
+
+
+def has_hole(data: bytes, spec: DataSpec, limits: Limits) -> bool:
+    """Whether a part of an uploaded picture is transparent, and transparency no part of the data."""
+    height, width = spec.shape[1:]
+    return spec.channels != 4 and bool(
+        (_pixels("image", data, Target((height, width), 4, 8), limits)[..., 3] < 255).any()
+    )
+
+
 def read_picture(data: bytes, spec: DataSpec, limits: Limits) -> Tensor:
     """An uploaded picture as ``[1, *shape]`` in model units, cropped and resized as training pictures are."""
     height, width = spec.shape[1:]
@@ -319,8 +490,7 @@ def read_mask(data: bytes, spec: DataSpec, limits: Limits) -> Tensor:
 
     height, width = spec.shape[1:]
     pixels = _pixels("mask", data, Target((height, width), 4, 8), limits)
-    alpha = pixels[..., 3]
-    keep = alpha > 127 if (alpha < 255).any() else pixels[..., :3].mean(-1) < 128
+    keep = ~hole_in(pixels)
     if keep.all():
         raise Refused(400, "the mask leaves nothing to edit: make a part of it transparent, or white", "mask")
     return torch.from_numpy(keep)[None, None]

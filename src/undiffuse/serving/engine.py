@@ -26,6 +26,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ..conditions import Rows
 from ..denoiser import Denoise
 from ..errors import UndiffuseError, choose
 from ..levels import Estimate, Level
@@ -56,8 +57,8 @@ class Request:
         model: its name; sampling: how.
         samples: the numbers of the samples; sample i is a function of ``(seed, i)``.
         classes: one for each of the samples; None in it: of no class in particular. None: no classes.
-        against: what guidance leads away from, a class for all samples; None: the null class.
         prompts, negative_prompt: of a model with text; sample i gets prompt ``i % len(prompts)``.
+        cond, against: any conditions by name, and what guidance leads away from; see :meth:`.Pipeline.conditions`.
         image, strength: begin at this image (``[1, *spec.shape]``, model units) with noise of level t = ``strength``.
         keep: ``[1, *spec.shape]`` or broadcast to it, True where the image must stay as it is; needs ``image``. In
             latents the image stays where all that a latent stands for does, and what is kept is put back at the end.
@@ -70,9 +71,10 @@ class Request:
     samples: Sequence[int] = (0,)
     seed: int = 0
     classes: Sequence[int | None] | None = None
-    against: int | None = None
     prompts: Sequence[str] | None = None
     negative_prompt: str | None = None
+    cond: Rows | None = None
+    against: Rows | None = None
     image: Tensor | None = None
     strength: float = 1.0
     keep: Tensor | None = None
@@ -233,8 +235,7 @@ class Engine:
         if request.keep is not None and request.image is None:
             raise UndiffuseError("a mask needs the image that it keeps")
         # All that can be wrong is wrong here and not on the engine's thread; the noise of the rest is drawn there.
-        pipeline.conditions(request.samples, request.classes, request.prompts, reading=sampling.reading)
-        pipeline.against(1, request.against, request.negative_prompt, reading=sampling.reading)
+        pipeline.conditions(request.samples, request.classes, request.prompts, request.cond, sampling.reading)
         begun = self._start(replace(request, samples=request.samples[:1]))
         calls = (len(begun.levels) - 1) * sampling.solver.calls + sampling.solver.extra
         with self._changed:
@@ -281,7 +282,8 @@ class Engine:
             strength=request.strength,
             keep=request.keep,
             negative_prompt=request.negative_prompt,
-            against=None if request.against is None else {"classes": [request.against]},
+            cond=request.cond,
+            against=request.against,
         )
 
     def run(self, request: Request) -> Tensor:

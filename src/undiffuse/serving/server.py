@@ -433,7 +433,7 @@ def create_app(service: Service, door: Door) -> FastAPI:
         service.admit()
         form = api.read_json(await _json(request), api.Generation)
         async with service.model(form.model, _left(service, request)) as (name, pipeline):
-            return await _pictures(service, request, form, name, pipeline, "image_generation", None, None, 1.0)
+            return await _pictures(service, request, form, name, pipeline, "image_generation")
 
     @app.post("/v1/images/edits", **_uploads(api.Edit, service), **_gives("application/json", "text/event-stream"))
     async def edits(request: Request) -> Response:
@@ -445,12 +445,8 @@ def create_app(service: Service, door: Door) -> FastAPI:
             api.check_size(form, pipeline.spec)
             if "image" not in files:
                 raise Refused(400, "image is missing", "image", "missing")
-            image = await asyncio.to_thread(api.read_picture, files["image"], pipeline.spec, service.limits)
-            keep = None
-            if "mask" in files:
-                keep = await asyncio.to_thread(api.read_mask, files["mask"], pipeline.spec, service.limits)
-            strength = form.strength if form.strength is not None else (0.6 if keep is None else 1.0)
-            return await _pictures(service, request, form, name, pipeline, "image_edit", image, keep, strength)
+            begin = await asyncio.to_thread(api.read_edit, form, files, pipeline, service.limits)
+            return await _pictures(service, request, form, name, pipeline, "image_edit", begin)
 
     @app.post("/v1/samples", **_takes(api.Samples, service), **_gives("application/octet-stream", "audio/wav"))
     async def samples(request: Request) -> Response:
@@ -460,7 +456,7 @@ def create_app(service: Service, door: Door) -> FastAPI:
         async with service.model(form.model, _left(service, request)) as (name, pipeline):
             kind = api.check_format(form, pipeline.spec)
             count = api.samples_of(form, service.limits)
-            asked = _asked(service, request, form, form.prompt, name, pipeline, count)
+            asked = await _asked(service, request, form, form.prompt, name, pipeline, count)
             x = await _results(service, request, service.submit(asked))
             data, media = await asyncio.to_thread(api.as_file, pipeline.spec, x, kind)
             return Response(data, media_type=media, headers={"X-Seed": str(asked.seed)})
@@ -477,7 +473,7 @@ def create_app(service: Service, door: Door) -> FastAPI:
             height, width = pipeline.spec.shape[1:] if pipeline.spec.has_pictures else (0, 0)
             size = f"{how.width or width}x{how.height or height}"
             api.check_size(api.Generation(size=size), pipeline.spec)
-            asked = _asked(service, request, how, form.inputs, name, pipeline, 1)
+            asked = await _asked(service, request, how, form.inputs, name, pipeline, 1)
             x = await _results(service, request, service.submit(asked))
             picture = pipeline.spec.to_images(x[0])[0]
             data = api.encode(picture, "png", None)
@@ -615,6 +611,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "loaded": True,
         "data": {"kind": spec.kind, "shape": list(spec.original_shape), "dtype": spec.dtype, "classes": spec.classes},
         "size": "x".join(map(str, reversed(spec.shape[1:]))) if spec.has_pictures else None,
+        "conditions": api.askable(pipeline),
     }
 
 
@@ -635,6 +632,9 @@ async def _form(request: Request) -> tuple[dict[str, str | list[str]], dict[str,
         async with request.form(max_files=4, max_fields=50) as form:
             for key, value in form.multi_items():
                 name = key.removesuffix("[]")
+                if name.startswith(("cond[", "against[")):  # such fields lose nulls, and what of a list is a row
+                    said = name.partition("[")[0]
+                    raise Refused(400, f"in a form, {said} is JSON text: json.dumps it", said, "invalid_form")
                 if isinstance(value, UploadFile):
                     if name not in ("image", "mask"):
                         raise Refused(400, f"unknown file {api.short(name)}; known are image, mask", api.short(name))
@@ -657,7 +657,7 @@ def _left(service: Service, request: Request) -> float:
     return service.limits.seconds - (time.monotonic() - request.scope["begun"])
 
 
-def _asked(
+async def _asked(
     service: Service,
     request: Request,
     form: api.How,
@@ -665,17 +665,20 @@ def _asked(
     name: str,
     pipeline: Pipeline,
     count: int,
+    begin: api.Beginning = api.Beginning(),
     **more: Any,
 ) -> Asked:
     sampling = api.sampling_of(form, pipeline, service.limits)
+    shown = begin.shown if form.beside is None else await asyncio.to_thread(api.read_beside, form, pipeline)
     return Asked(
         name,
         sampling,
         samples=range(count),
         seed=api.seed_of(form),
-        classes=api.classes_of(form, prompt, pipeline, count),
-        against=api.against_of(form, pipeline, sampling),
-        **api.texts_of(form, prompt, pipeline, sampling),
+        **api.asked_of(form, prompt, pipeline, sampling, shown),
+        image=begin.image,
+        keep=begin.keep,
+        strength=begin.strength,
         seconds=_left(service, request),
         **more,
     )
@@ -715,15 +718,12 @@ async def _pictures(
     name: str,
     pipeline: Pipeline,
     kind: str,
-    image: Tensor | None,
-    keep: Tensor | None,
-    strength: float,
+    begin: api.Beginning = api.Beginning(),
 ) -> Response:
     api.check_size(form, pipeline.spec)
     count = api.samples_of(form, service.limits)
     output = form.output_format or "png"
     spec = pipeline.spec
-    more: dict[str, Any] = {"image": image, "keep": keep, "strength": strength}
     size = "x".join(map(str, reversed(spec.shape[1:])))
 
     def encoded(x: Tensor) -> str:
@@ -735,7 +735,7 @@ async def _pictures(
     if not form.stream:
         if form.partial_images:
             raise Refused(400, "partial_images needs stream=true", "partial_images", "invalid_value")
-        asked = _asked(service, request, form, form.prompt, name, pipeline, count, **more)
+        asked = await _asked(service, request, form, form.prompt, name, pipeline, count, begin)
         parts = await _results(service, request, service.submit(asked))
         pictures = await asyncio.to_thread(lambda: [encoded(x[None]) for part in parts for x in part])
         if form.response_format == "url":
@@ -751,7 +751,7 @@ async def _pictures(
     loop, frames = asyncio.get_running_loop(), asyncio.Queue[Frame]()
     sampling = api.sampling_of(form, pipeline, service.limits)
     levels = sampling.grid.levels(pipeline.config.schedule, sampling.steps)
-    last = len(levels if strength == 1 else below(levels, strength)) - 1
+    last = len(levels if begin.strength == 1 else below(levels, begin.strength)) - 1
     wanted = form.partial_images or 0
     shown = {round((i + 1) * last / (wanted + 1)) for i in range(wanted)} - {0, last}
 
@@ -759,8 +759,7 @@ async def _pictures(
         if frame.index in shown:
             loop.call_soon_threadsafe(frames.put_nowait, frame)
 
-    more["watch"] = watch
-    asked = _asked(service, request, form, form.prompt, name, pipeline, 1, **more)
+    asked = await _asked(service, request, form, form.prompt, name, pipeline, 1, begin, watch=watch)
     (job,) = service.submit(asked)
     common = {"background": "opaque", "quality": "auto", "output_format": output, "size": size}
 
