@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 import undiffuse
 from training_laws import points, recipe
-from undiffuse.commands import main
-from undiffuse.commands.train import DATA_OPTIONS
+from undiffuse.commands import _parse, main
+from undiffuse.commands.options import DataOptions
 from undiffuse.config import override
 from undiffuse.data import Dataset, DataSpec, from_array, open_dataset
 from undiffuse.data.base import ArrayDataset
@@ -360,11 +361,20 @@ def test_quiet_sounds_are_yellow(peak: float, remedy: str) -> None:
     assert remedy in found[0].remedy
 
 
-def test_train_and_doctor_take_the_options_of_the_data() -> None:
-    names = [set(inspect.signature(each).parameters) for each in (undiffuse.train, undiffuse.doctor)]
+def test_every_verb_that_reads_data_takes_the_options_of_the_data() -> None:
     options = set(inspect.signature(open_dataset).parameters) - {"data"}
-    assert set(DATA_OPTIONS) == options
-    assert options <= names[0] & names[1]
+    assert {*DataOptions.__annotations__, "strict", "seed"} == options
+    for verb, first in (("train", "digits"), ("doctor", "digits"), ("evaluate", "digits"), ("compare", "tiny")):
+        function = getattr(undiffuse, verb)
+        assert inspect.signature(function).parameters["reading"].kind is inspect.Parameter.VAR_KEYWORD
+        with pytest.raises(UndiffuseError, match="unknown option 'image_sise': did you mean 'image_size'"):
+            function(first, **({"against": "digits"} if verb == "evaluate" else {}), image_sise=8)
+        with pytest.raises(UndiffuseError, match="unknown option '--image-sise': did you mean '--image-size'"):
+            _parse(verb, import_module(f"undiffuse.commands.{verb}"), [first, "--image-sise", "8"])
+        call: Any = _parse(verb, import_module(f"undiffuse.commands.{verb}"), [first, "--image-size", "8"])
+        assert {name: call.keywords[name] for name in options & call.keywords.keys() - {"strict", "seed"}} == {
+            "image_size": 8
+        }
 
 
 def test_the_trial_under_augmentation_is_green() -> None:

@@ -185,6 +185,7 @@ def _tyro(verb: str, module: Any, options: list[str]) -> tuple[int, Any, str, st
         tyro.conf.PositionalMetavarFromFieldName,
         tyro.conf.UseAppendAction,
         tyro.conf.DisallowNone,
+        tyro.conf.OmitArgPrefixes,  # options that verbs share are a group, and named as if they were the verb's own
     )
     screen, complaint = io.StringIO(), io.StringIO()
     code, call = OK, None
@@ -224,7 +225,9 @@ def _overview() -> str:
 def _help(verb: str, module: Any) -> str:
     width = 80
     # An option that may be left open says so itself; "(default: None)" says nothing. A path may be text in Python.
-    screen = re.sub(r"\s*\(default:\s+None\)", "", _tyro(verb, module, ["--help"])[2]).replace("PATH|STR", "PATH    ")
+    screen = re.sub(r"\s*\((default:\s+None|unset\s+by\s+default)\)", "", _tyro(verb, module, ["--help"])[2]).replace(
+        "PATH|STR", "PATH    "
+    )
     lines = [line.rstrip() for line in screen.rstrip().splitlines()]
     text = "\n".join(part for line in lines for part in (textwrap.wrap(line, width) if len(line) > width else [line]))
     return f"{text}\n\nexamples:\n{_examples(module.EXAMPLES)}"

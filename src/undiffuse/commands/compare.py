@@ -6,12 +6,12 @@ import shlex
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Unpack
 
 import tyro
 
 from ..errors import UndiffuseError
-from .options import AnyPath
+from .options import AnyPath, DataOptions, checked, words_of
 from .train import screen
 
 if TYPE_CHECKING:
@@ -55,12 +55,10 @@ def compare(
     metric: str | None = None,
     features: str | None = None,
     batch_size: int | None = None,
-    image_size: int | None = None,
     model_size: Literal["tiny", "small", "base", "large"] | None = None,
     device: str = "auto",
-    data_root: AnyPath | None = None,
-    labels: str | None = None,
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH=VALUE")] = (),
+    **reading: Unpack[DataOptions],
 ) -> Comparison:
     """Train recipes that differ in one thing, and say whether a difference is seen.
 
@@ -83,12 +81,10 @@ def compare(
             sliced_wasserstein, held_out_loss ...
         features: identity, pca, classifier, autoencoder, inception ... (default: what suits the data).
         batch_size: Images an update.
-        image_size: Side to which images are cropped and resized.
         model_size: tiny, small, base or large.
         device: auto, cpu, cuda, mps.
-        data_root: Where files of named data sets are.
-        labels: As for train.
         set: Change one setting of every arm, such as sampling.steps=250; may be repeated.
+        reading: How the data are read.
 
     Raises:
         UndiffuseError: fewer than two arms, two that are the same, a setting that does not exist.
@@ -111,15 +107,12 @@ def compare(
         "--metric": metric,
         "--features": features,
         "--batch-size": batch_size,
-        "--image-size": image_size,
         "--model-size": model_size,
         "--device": None if device == "auto" else device,
-        "--data-root": data_root,
-        "--labels": labels,
     }
     words = ["undiffuse", "compare", *recipes]
     words += [word for each in vary for word in ("--vary", each)]
-    words += [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    words += words_of({**given, **checked(reading)})
     words += [word for each in set for word in ("--set", each)]
     if experiment is not None:
         chosen = choose("experiment", experiment, EXPERIMENTS)
@@ -135,7 +128,7 @@ def compare(
         data = recipes[0].split()[0]
         if data not in DATASETS:
             raise UndiffuseError(f"--data is missing: {data!r} is a recipe and no data set")
-    dataset = open_dataset(data, image_size=image_size, data_root=data_root, labels=labels)
+    dataset = open_dataset(data, **reading)
     made = {}
     for text in recipes:
         name, *settings = shlex.split(text)

@@ -9,13 +9,13 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Unpack
 
 import tyro
 
 from ..errors import UndiffuseError, UndiffuseWarning
 from .ls import is_run
-from .options import AnyPath
+from .options import AnyPath, DataOptions, checked
 
 if TYPE_CHECKING:
     from ..training.doctor import Finding
@@ -48,23 +48,15 @@ def doctor(
     images: int | None = None,
     minutes: float | None = None,
     batch_size: int | None = None,
-    image_size: int | None = None,
-    channels: int | None = None,
     model_size: Literal["tiny", "small", "base", "large"] | None = None,
     seed: int = 0,
     device: str = "auto",
-    data_root: AnyPath | None = None,
-    labels: str | None = None,
-    attributes: str | None = None,
-    numbers: str | None = None,
-    beside: AnyPath | None = None,
-    length: float | None = None,
-    frames: int | None = None,
     strict: bool = False,
     quick: bool = False,
     resume: bool = False,
     nan: bool = False,
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH=VALUE")] = (),
+    **reading: Unpack[DataOptions],
 ) -> Diagnosis:
     """Look at data and a plan before the first long hour, or at a run.
 
@@ -79,23 +71,15 @@ def doctor(
         images: Length of the run in images seen.
         minutes: Length of the run in time.
         batch_size: Images an update.
-        image_size: Side to which images are cropped and resized.
-        channels: As for train.
         model_size: tiny, small, base or large.
         seed: Of everything that is drawn.
         device: auto, cpu, cuda, mps.
-        data_root: Where files of named data sets are.
-        labels: As for train.
-        attributes: As for train.
-        numbers: As for train.
-        beside: As for train.
-        length: As for train.
-        frames: As for train.
         strict: As for train.
         quick: Data and plan only, without the trial.
         resume: Of a run: prove on it that stopping and resuming changes nothing.
         nan: Of a run: compute its update that was not finite again, and say where it went wrong.
         set: Change one setting of the recipe; may be repeated.
+        reading: How the data are read.
 
     Raises:
         UndiffuseError: what train would refuse; a folder that is no run.
@@ -103,6 +87,7 @@ def doctor(
     from ..training.doctor import examine, worst
 
     begun = time.monotonic()
+    checked(reading)
     if is_run(Path(data_or_run)):
         from ..training.aftercare import examine_run
 
@@ -123,19 +108,11 @@ def doctor(
             images=images,
             minutes=minutes,
             batch_size=batch_size,
-            image_size=image_size,
-            channels=channels,
             model_size=model_size,
             seed=seed,
-            data_root=data_root,
-            labels=labels,
-            attributes=attributes,
-            numbers=numbers,
-            beside=beside,
-            length=length,
-            frames=frames,
             strict=strict,
             set=set,
+            **reading,
         )
     said = {f"{dataset.name}: {note}" for note in dataset.notes}  # the data set has told these itself
     notes = [str(each.message) for each in caught if issubclass(each.category, UndiffuseWarning)]
@@ -149,28 +126,11 @@ def doctor(
 
 def _proof(run: Path, device: str) -> list[Finding]:
     """Exact resume, proved with the data that the run's own command names."""
-    import shlex
-
-    from ..data import open_dataset
     from ..training.doctor import Finding
     from ..training.proof import prove_resume
-    from . import train as train_module
+    from .train import data_of
 
-    command = run / "command.txt"
-    words = shlex.split(command.read_text("utf-8"))[2:] if command.is_file() else []
-    if not words:
-        raise UndiffuseError(f"{command}: does not name the data; prove it in Python: training.proof.prove_resume")
-    from . import _parse
-
-    given = _parse("train", train_module, words).keywords  # pyrefly: ignore
-    dataset = open_dataset(given["data"], **{name: given[name] for name in train_module.DATA_OPTIONS})
-    if given["codec"] is not None:
-        from ..config import from_json, load_json
-        from ..data.augment import Augment
-        from ..data.latents import Latents, codec_for
-
-        augment = from_json(Augment, load_json(run / "config.json")["recipe"]["augment"], str(run / "config.json"))
-        dataset = Latents(dataset, codec_for(given["codec"], dataset), augment)
+    dataset = data_of(run)
     proof = prove_resume(run, dataset, device=device)
     if proof.exact:
         return [

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 import textwrap
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Unpack
 
 import tyro
 
 from ..errors import UndiffuseError
 from ..evaluation.result import Evaluation
-from .options import AnyPath
+from .options import AnyPath, DataOptions, checked, words_of
 
 EXAMPLES = """
 undiffuse evaluate runs/demo --against digits
@@ -39,21 +39,13 @@ def evaluate(
     guidance_scale: float | None = None,
     seed: int = 0,
     batch_size: int | None = None,
-    image_size: int | None = None,
-    channels: int | None = None,
-    data_root: AnyPath | None = None,
     data_seed: int = 0,
-    labels: str | None = None,
-    attributes: str | None = None,
-    numbers: str | None = None,
-    beside: AnyPath | None = None,
-    length: float | None = None,
-    frames: int | None = None,
     span: tuple[float, float] | None = None,
     out: AnyPath | None = None,
     device: str = "auto",
     allow_small: bool = False,
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH=VALUE")] = (),
+    **reading: Unpack[DataOptions],
 ) -> Evaluation:
     """Measure samples against data: every number with its interval and the floor of real against real; whether they
     are copies of training items; whether all classes are there. Writes report.html and evaluation.json.
@@ -75,21 +67,14 @@ def evaluate(
         guidance_scale: As for sample.
         seed: Of the samples; sample i is a function of the seed and i.
         batch_size: Samples computed together (default 64); changes a sample by rounding only.
-        image_size: Of the data, as for train. Samples are never resized.
-        channels: As for train.
-        data_root: Where files of named data sets are.
         data_seed: Of data that are drawn, such as moons: the --seed of their training.
-        labels: As for train.
-        attributes: As for train (default: those of the model).
-        numbers: As for train (default: those of the model).
-        beside: As for train.
-        length: As for train.
-        frames: As for train.
         span: Which range of a real-valued array stands for the data's, such as 0 1.
         out: Folder for evaluations (default: evaluation/ in the run, or here).
         device: auto, cpu, cuda, mps.
         allow_small: Give the Frechet distance of fewer samples than dimensions, too.
         set: One more sampling setting, as for sample; may be repeated.
+        reading: How the data are read (attributes and numbers by default as the model's were). Samples are never
+            resized.
 
     Raises:
         UndiffuseError: samples that do not fit the data; an option that could have no effect; nothing to measure.
@@ -103,7 +88,6 @@ def evaluate(
 
     if against is None:
         raise UndiffuseError(f"say which data to compare with: undiffuse evaluate {samples} --against DATA")
-    words: list[str] = ["undiffuse", "evaluate", samples, "--against", against]
     given = {
         "--features": features,
         "-n": number,
@@ -117,19 +101,10 @@ def evaluate(
         "--guidance-scale": guidance_scale,
         "--seed": seed or None,
         "--batch-size": batch_size,
-        "--image-size": image_size,
-        "--channels": channels,
-        "--data-root": data_root,
         "--data-seed": data_seed or None,
-        "--labels": labels,
-        "--attributes": attributes,
-        "--numbers": numbers,
-        "--beside": beside,
-        "--length": length,
-        "--frames": frames,
         "--out": out,
     }
-    words += [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    words = ["undiffuse", "evaluate", samples, "--against", against, *words_of({**given, **checked(reading)})]
     words += [] if span is None else ["--span", *map(str, span)]
     words += ["--extrapolate"] * extrapolate + ["--allow-small"] * allow_small
     words += [word for setting in set for word in ("--set", setting)]
@@ -137,31 +112,21 @@ def evaluate(
         model = open_model(samples, place) if is_model(samples) else None
         if model is not None:  # real items are asked for as they are
             spec = model.pipeline.spec
-            attributes = attributes if attributes is not None else ",".join(name for name, _ in spec.attributes)
-            numbers = numbers if numbers is not None else ",".join(name for name, *_ in spec.numbers)
-        data = open_dataset(
-            against,
-            image_size=image_size,
-            channels=channels,
-            data_root=data_root,
-            labels=labels,
-            attributes=attributes,
-            numbers=numbers,
-            beside=beside,
-            length=length,
-            frames=frames,
-            seed=data_seed,
-        )
+            if reading.get("attributes") is None:
+                reading["attributes"] = ",".join(name for name, _ in spec.attributes)
+            if reading.get("numbers") is None:
+                reading["numbers"] = ",".join(name for name, *_ in spec.numbers)
+        data = open_dataset(against, **reading, seed=data_seed)
         apart = None
         if held_out is not None:
             apart = open_dataset(
                 held_out,
-                image_size=image_size,
-                channels=channels if channels is not None or data.spec.kind != "image" else data.spec.channels,
-                data_root=data_root,
-                labels=labels,
-                length=length,
-                frames=frames,
+                image_size=reading.get("image_size"),
+                channels=reading.get("channels") or (data.spec.channels if data.spec.kind == "image" else None),
+                data_root=reading.get("data_root"),
+                labels=reading.get("labels"),
+                length=reading.get("length"),
+                frames=reading.get("frames"),
                 seed=data_seed,
             )
         changes = {"solver": solver, "steps": steps, "grid": grid, "guidance_scale": guidance_scale}

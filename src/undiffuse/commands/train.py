@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 import tyro
 
 from ..errors import UndiffuseError
-from .options import AnyPath
+from .options import AnyPath, DataOptions, checked, words_of
 
 if TYPE_CHECKING:
     from ..data import Dataset
@@ -36,11 +36,6 @@ undiffuse train ./photos --image-size 128 --recipe autoencoder --out runs/ae
 undiffuse train ./photos --image-size 128 --codec runs/ae   in its latents
 undiffuse train volumes.npy --set optimiser.lr=0.0005 --set training.keep=5
 """
-
-
-DATA_OPTIONS = ("image_size", "channels", "data_root", "labels", "attributes", "numbers", "beside", "length")
-DATA_OPTIONS += ("frames", "strict", "seed")
-"""The options of ``train`` and ``doctor`` that are those of ``open_dataset``."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +60,10 @@ def train(
     images: int | None = None,
     minutes: float | None = None,
     batch_size: int | None = None,
-    image_size: int | None = None,
     model_size: Literal["tiny", "small", "base", "large"] | None = None,
     codec: AnyPath | None = None,
     seed: int = 0,
     device: str = "auto",
-    data_root: AnyPath | None = None,
-    labels: str | None = None,
-    attributes: str | None = None,
-    numbers: str | None = None,
-    beside: AnyPath | None = None,
-    length: float | None = None,
-    frames: int | None = None,
-    channels: int | None = None,
     workers: int | None = None,
     processes: Literal["auto"] | int = "auto",
     strict: bool = False,
@@ -85,6 +71,7 @@ def train(
     until_converged: bool = False,
     tensorboard: bool = False,
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH=VALUE")] = (),
+    **reading: Unpack[DataOptions],
 ) -> Trained:
     """Train a diffusion model. The same command continues a run that was stopped.
 
@@ -98,22 +85,11 @@ def train(
         images: Length of the run in images seen.
         minutes: Length of the run in time; the speed of its first tenth decides how many images that is.
         batch_size: Images an update.
-        image_size: Side to which images are cropped and resized.
         model_size: tiny, small, base or large.
         codec: Train in the latents of this codec: a run of the recipe autoencoder, or a folder of diffusers (a vae, or
             a pipeline that has one). The data are encoded once and kept.
         seed: Of everything that is drawn.
         device: auto, cpu, cuda, mps.
-        data_root: Where files of named data sets are.
-        labels: What the classes of files are: folder (the default, where there are folders), name (what stands before
-            the first _ or - of a file's name), none, or an attribute in metadata.jsonl.
-        attributes: Categories that are known of items and can be asked for, such as breed,colour: their names in
-            metadata.jsonl, a table or an .npz.
-        numbers: The same for quantities, such as age,weight.
-        beside: More data of which the model is shown the picture with an item's name: a folder of sketches, say.
-        length: Seconds to which sounds are cropped or filled with silence (default: what 95 % of them fit into).
-        frames: Makes clips of so many frames: each video, animated picture or folder of pictures is one.
-        channels: 1, 3 or 4 for images, 1 for mono; arrays: how many there are, where their shape does not tell.
         workers: Threads that read coming batches (default: what suits the data and the device); changes only the speed.
         processes: On a CPU: so many processes share each batch, and the threads. auto: as many as the run was stopped
             with; a new one of ten minutes or more tries what is faster.
@@ -123,6 +99,7 @@ def train(
             (default: ten times the recipe's).
         tensorboard: Also write curves and previews for TensorBoard.
         set: Change one setting of the recipe, such as optimiser.lr=0.001; may be repeated.
+        reading: How the data are read.
 
     Returns:
         What the finished run is.
@@ -146,24 +123,14 @@ def train(
         "--images": images,
         "--minutes": minutes,
         "--batch-size": batch_size,
-        "--image-size": image_size,
         "--model-size": model_size,
         "--codec": codec,
         "--seed": seed or None,
         "--device": None if device == "auto" else device,
-        "--data-root": data_root,
-        "--labels": labels,
-        "--attributes": attributes,
-        "--numbers": numbers,
-        "--beside": beside,
         "--workers": workers,
         "--processes": None if processes == "auto" else processes,
-        "--length": length,
-        "--frames": frames,
-        "--channels": channels,
     }
-    words = ["undiffuse", "train", data]
-    words += [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    words = ["undiffuse", "train", data, *words_of({**given, **checked(reading)})]
     flags = {
         "--strict": strict,
         "--change": change,
@@ -184,21 +151,13 @@ def train(
             images=images,
             minutes=minutes,
             batch_size=batch_size,
-            image_size=image_size,
-            channels=channels,
             model_size=model_size,
             codec=codec,
             device=place,
             seed=seed,
-            data_root=data_root,
-            labels=labels,
-            attributes=attributes,
-            numbers=numbers,
-            beside=beside,
-            length=length,
-            frames=frames,
             strict=strict,
             set=set,
+            **reading,
         )
         if codec is not None and team.size > 1:  # one encodes the data, and the others find them in the cache
             with team.agree():
@@ -235,21 +194,13 @@ def prepare(
     images: int | None,
     minutes: float | None,
     batch_size: int | None,
-    image_size: int | None,
-    channels: int | None,
     model_size: str | None,
     seed: int,
-    data_root: AnyPath | None,
-    labels: str | None,
-    length: float | None,
     strict: bool,
     set: tuple[str, ...],
-    attributes: str | None = None,
-    numbers: str | None = None,
-    beside: AnyPath | None = None,
-    frames: int | None = None,
     codec: AnyPath | None = None,
     device: str = "cpu",
+    **reading: Unpack[DataOptions],
 ) -> tuple[Dataset, Recipe]:
     """The data (or their latents) and the recipe that these options mean."""
     from ..config import override
@@ -262,20 +213,7 @@ def prepare(
 
     if sum(limit is not None for limit in (steps, images, minutes)) > 1:
         raise UndiffuseError("--steps, --images and --minutes are three ways to say how long: give one")
-    dataset = open_dataset(
-        data,
-        image_size=image_size,
-        channels=channels,
-        data_root=data_root,
-        labels=labels,
-        attributes=attributes,
-        numbers=numbers,
-        beside=beside,
-        length=length,
-        frames=frames,
-        strict=strict,
-        seed=seed,
-    )
+    dataset = open_dataset(data, **checked(reading), strict=strict, seed=seed)
     inner = None if codec is None else codec_for(codec, dataset, resolve_device(device))
     spec = dataset.spec if inner is None else latent_spec(dataset.spec, inner)
     chosen = make_recipe(recipe, spec, len(dataset), model_size)
@@ -288,6 +226,28 @@ def prepare(
         with bar(f"encoding {dataset.name}") as progress:
             dataset = Latents(dataset, inner, chosen.augment, progress=progress)
     return dataset, with_length(chosen, steps=steps, images=images, batch_size=batch_size)
+
+
+def data_of(run: Path) -> Dataset:
+    """The data (or their latents) that a run's own command names."""
+    from ..config import from_json, load_json
+    from ..data import open_dataset
+    from ..data.augment import Augment
+    from ..data.latents import Latents, codec_for
+    from . import _parse
+
+    command = run / "command.txt"
+    words = shlex.split(command.read_text("utf-8"))[2:] if command.is_file() else []
+    if not words:
+        raise UndiffuseError(f"{command}: does not name the data of this run, which was trained from Python")
+    given = _parse("train", sys.modules[__name__], words).keywords  # pyrefly: ignore
+    names = [name for name in (*DataOptions.__annotations__, "strict", "seed") if name in given]
+    dataset = open_dataset(given["data"], **{name: given[name] for name in names})
+    if given["codec"] is None:
+        return dataset
+    config = run / "config.json"
+    augment = from_json(Augment, load_json(config)["recipe"]["augment"], str(config))
+    return Latents(dataset, codec_for(given["codec"], dataset), augment)
 
 
 @contextmanager
