@@ -362,6 +362,24 @@ def test_the_command_writes_a_page_that_asks_nobody(
     assert main(["compare"]) == 2
 
 
+def test_what_is_known_of_items_can_be_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--attributes` and `--numbers` as for train: the models take them, and samples are asked for by real items."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path / "cache"))
+    data = points()
+    np.savez("clouds.npz", x=data.values(range(300)), side=np.array(["l", "r"])[data.labels], age=np.arange(300.0))
+    words = "compare tiny --data clouds.npz --attributes side --numbers age --vary prediction=v,flow --images 64"
+    assert main([*words.split(), "--seeds", "1", "--samples", "64", "--against", "200"]) == 0
+    out = tmp_path / "runs" / "compare-tiny-prediction-v-flow"
+    models = [Pipeline.load(folder) for folder in out.rglob("model") if (folder / "pipeline.json").is_file()]
+    assert [model.names for model in models] == [("attributes", "numbers", "side", "age")] * 2
+    command = json.loads((out / "result.json").read_text())["command"]
+    assert "--attributes side --numbers age" in command
+    capsys.readouterr()
+
+
 def test_arms_of_one_folder_are_refused(tmp_path: Path) -> None:
     dataset = points()
     arms = [Arm("a b", recipe(dataset)), Arm("a-b", recipe(dataset, "optimiser.lr=0.1"))]
