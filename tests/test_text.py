@@ -231,9 +231,14 @@ def test_a_server_s_prompts_are_the_pipeline_s() -> None:
     made = pipeline()
     form = api.Samples(prompt=PROMPTS[1], negative_prompt=PROMPTS[0], guidance_scale=2.0)
     sampling = api.sampling_of(form, made, api.Limits())
-    assert api.classes_of(form, form.prompt, made, 2) is None
-    assert api.against_of(form, made, sampling) is None
-    asked = api.texts_of(form, form.prompt, made, made.sampling)
+    asked = api.asked_of(form, form.prompt, made, sampling)
+    assert asked == {
+        "classes": None,
+        "cond": None,
+        "against": None,
+        "prompts": [PROMPTS[1]],
+        "negative_prompt": PROMPTS[0],
+    }
     with Engine({"m": made}, rows=8) as engine:
         with pytest.raises(api.Refused, match="this model reads"):  # nobody would see the warning
             api.texts_of(api.Samples(negative_prompt="a red circle " * 40), "", made, made.sampling)
