@@ -225,6 +225,7 @@ def write_samples(
         "weights": pipeline.fingerprint,
         "options": options,
         "sampling": to_json(sampling, REGISTRIES),
+        "arithmetic": pipeline.arithmetic,
     }
     if suffix == ".npy":
         buffer = BytesIO()

@@ -16,6 +16,7 @@ import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import sha256
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from .beside import BESIDE, Beside, Holes
 from .codecs import FILE, Codec, Tiling, check_same_data, codec_meaning, decode_tiled
+from .compiling import Backend, ForSampling
 from .conditions import Conditions, Patches, Picture, Rows
 from .config import from_json, load_json, parse_json, to_json, write_json_atomic
 from .data.columns import asked as in_raw
@@ -70,6 +72,7 @@ REGISTRIES: dict[type, Mapping[str, Any]] = {
 """How files and the command line name the parts: ``{"kind": "cosine", ...}`` for a Schedule, and so on."""
 
 FORMAT = 1
+HALVES = (torch.bfloat16, torch.float16)
 DECODED = 2**22
 """Elements of data that are decoded together, at most (or one item); some forty times as many numbers are in memory."""
 
@@ -294,12 +297,13 @@ def check_count(samples: int, batch_size: int) -> None:
         raise UndiffuseError(f"asked for {samples} samples in batches of {batch_size}: both must be at least 1")
 
 
-def finished(x: Tensor) -> Tensor:
-    """The samples on the CPU; raises if one is not finite."""
+def finished(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The samples on the CPU; raises if one is not finite. ``dtype``: of the network's arithmetic."""
     x = x.cpu()
     if not bool(x.isfinite().all()):
+        why = "float16, which ends at 65504 (try bfloat16), " if dtype == torch.float16 else ""
         raise UndiffuseError(
-            "the samples are not finite: the model has diverged, or the guidance scale is far too large"
+            f"the samples are not finite: {why}the model has diverged, or the guidance scale is far too large"
         )
     return x
 
@@ -368,6 +372,7 @@ class Pipeline:
         shape: of what the denoiser sees, one sample.
         tiling: how large data are decoded; None: whole.
         home: of one that was read from another format; None: from our own.
+        fast: what computes when it samples, if that is :meth:`compiled`.
 
     All that people give and get (images, samples, previews) is data; :meth:`encode` and :meth:`decode` lie between them
     and the denoiser. A trajectory (:meth:`begin`, :meth:`frames`) is the denoiser's own.
@@ -387,6 +392,7 @@ class Pipeline:
         self.denoiser = denoiser
         self.codec = codec
         self.home = home
+        self.fast: ForSampling | None = None
         self.shape = spec.shape
         self.codec_hash: str | None = None
         self.tiling: Tiling | None = None
@@ -405,6 +411,23 @@ class Pipeline:
         if self.home is not None and self.home.device is not None:
             return self.home.device
         return next(self.denoiser.parameters()).device
+
+    @property
+    def asked(self) -> Denoiser:
+        """What is asked when it samples: the denoiser, or that with its network compiled."""
+        return self.denoiser if self.fast is None else self.fast.denoiser
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number type of the network's weights."""
+        return next(self.denoiser.network.parameters()).dtype
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        """What moves samples by rounding: the kind of device, the type of numbers, whether the network is compiled (not
+        if that has failed)."""
+        compiled = self.fast is not None and self.fast.works
+        return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch."), "compiled": compiled}
 
     @property
     def takes_prompts(self) -> bool:
@@ -464,10 +487,12 @@ class Pipeline:
         codec = self.codec
         if codec is None:
             return z
-        finished(z)
+        finished(z, self.dtype)
+
+        whole = codec.decode if self.fast is None or self.fast.decode is None else self.fast.decode
 
         def decoded(each: Tensor) -> Tensor:
-            return codec.decode(each) if self.tiling is None else decode_tiled(codec, each, self.tiling)
+            return whole(each) if self.tiling is None else decode_tiled(codec, each, self.tiling)
 
         parts = []
         for each in self._slices(z, alone):
@@ -512,6 +537,7 @@ class Pipeline:
                 raise UndiffuseError(f"{folder}: a model read from another format is saved with its own weights only")
             self.home.save(self, folder)
             return self.save_settings(folder)
+        self._check_whole(folder)
         self._save_codec(folder / "codec")
         meaning = {"undiffuse": json.dumps(self._meaning())}
         write_weights(folder / "model.safetensors", self.denoiser.state_dict() if weights is None else weights, meaning)
@@ -532,6 +558,7 @@ class Pipeline:
 
     def save_settings(self, folder: str | Path) -> Path:
         """Write ``pipeline.json`` alone, beside weights that are there; returns the folder."""
+        self._check_whole(Path(folder))
         stated = {**self._meaning(), "sampling": to_json(self.sampling, REGISTRIES)}
         if self.tuned:
             settings = [to_json(each, REGISTRIES) for each in self.tuned]
@@ -554,7 +581,22 @@ class Pipeline:
         width). Raises where the network or its codec does not allow it."""
         if self.home is None:
             raise UndiffuseError(f"this model makes data of {list(self.spec.shape[1:])}, the size it was trained on")
-        return self.home.resized(self, size)
+        other = self.home.resized(self, size)
+        return other if self.fast is None else other.compiled(self.fast.backend)
+
+    def compiled(self, backend: Backend = "inductor") -> Pipeline:
+        """The same pipeline with network and decoder compiled by ``torch.compile`` (on a GPU each call is a CUDA
+        graph), which is done when they are first called, and takes a minute or more for each number of rows.
+
+        Calls are filled up to a power of two, so batches of such sizes are the best. Samples are the same to rounding.
+        Where compiling does not work, a warning says why, and the network computes as it is. What looks into the
+        network (likelihood, attention to words) and what trains it asks :attr:`denoiser`, which is not compiled.
+        """
+        if self.home is not None and self.home.device is not None:
+            raise UndiffuseError("a compiled network stays where it is: leave out offload, or compile")
+        other = copy(self)
+        other.fast = ForSampling(self.denoiser, None if self.codec is None else self.codec.decode, backend)
+        return other
 
     @staticmethod
     def load(
@@ -569,10 +611,14 @@ class Pipeline:
     ) -> Pipeline:
         """The pipeline in a folder (or in the ``model/`` of a run folder), or in a folder of diffusers.
 
-        The options are for diffusers' formats (:mod:`undiffuse.interop.diffusers`):
+        Args:
+            dtype: of the network's weights and arithmetic: float32 unless said otherwise; bfloat16 or float16 take half
+                the memory, are faster where the processor multiplies in them, and move samples by their rounding. All
+                around the network stays in float32. A codec of ours keeps its weights and multiplies in it.
+
+        The others are for diffusers' formats (:mod:`undiffuse.interop.diffusers`):
 
         Args:
-            dtype: of the weights; float32 unless said otherwise.
             variant: of the weights' files, such as ``fp16``.
             config: of a checkpoint in one file (``path``), the folder of diffusers that says what it is.
             download: fetch ``path``, a name on the Hugging Face Hub, if it is not on this machine.
@@ -581,12 +627,14 @@ class Pipeline:
         Raises :class:`UndiffuseError` when a file is missing or damaged, when the two disagree, or when the weights are
         those of another architecture; a model is loaded whole or not at all.
         """
+        if dtype not in (None, torch.float32, *HALVES):
+            raise UndiffuseError(f"dtype {dtype}: a network computes in float32, bfloat16 or float16")
         if is_foreign(path):
             from .interop.diffusers.load import load
 
             return load(path, device, dtype=dtype, variant=variant, config=config, download=download, offload=offload)
-        if dtype or variant or config or download or offload:
-            raise UndiffuseError(f"{path}: dtype, variant, config, download and offload are for diffusers' folders")
+        if variant or config or download or offload:
+            raise UndiffuseError(f"{path}: variant, config, download and offload are for diffusers' folders")
         folder = find_pipeline(path)
         weights, described = folder / "model.safetensors", folder / "pipeline.json"
         header = read_header(weights)
@@ -634,7 +682,28 @@ class Pipeline:
                     f'{described}: its tuned settings are of other weights; remove "tuned" and tune again'
                 )
             pipeline.tuned = tuned.settings
+        if dtype in HALVES:
+            pipeline._round_to(dtype)
         return pipeline
+
+    def _round_to(self, dtype: torch.dtype) -> None:
+        """Let the network, and the codec's arithmetic, be of this type."""
+        if self.spec.kind == "points":
+            warnings.warn(
+                f"{dtype} has 8 bits or 11 for a number, and points are two or three numbers: expect them on a grid",
+                UndiffuseWarning,
+                stacklevel=3,
+            )
+        self.denoiser.network.to(dtype)
+        if self.codec is not None:
+            self.codec.precision = dtype
+
+    def _check_whole(self, folder: Path) -> None:
+        """Raise where the weights are not those of a file of ours any more."""
+        if self.home is None and self.dtype in HALVES:
+            raise UndiffuseError(
+                f"{folder}: weights in {self.dtype} are rounded: load the model without dtype, and save that"
+            )
 
     # --- sampling ---
 
@@ -673,7 +742,7 @@ class Pipeline:
         def denoise(x: Tensor, level: Level) -> Estimate:
             away = against or self.against(len(x), reading=sampling.reading)
             question = Question(x, level, cond, away, sampling, memory)
-            return answer_together(self.denoiser, [question], rows)[0]
+            return answer_together(self.asked, [question], rows)[0]
 
         return denoise
 
@@ -883,7 +952,7 @@ class Pipeline:
     def end(self, begun: Start, z: Tensor, alone: bool = False) -> Tensor:
         """The samples of a trajectory that ended at ``z``, on the CPU: decoded (``alone``: :meth:`decode`), and
         what was to be kept as it was, bit for bit (trap X10). Raises if one is not finite."""
-        x = finished(self.decode(z, alone))
+        x = finished(self.decode(z, alone), self.dtype)
         if begun.kept is None:
             return x
         image, keep = begun.kept
@@ -1054,7 +1123,9 @@ class Pipeline:
         first = conditions.place(name)
         with attention_maps(self.denoiser.network) as maps:
             asked: dict[str, Any] = {"negative_prompt": negative_prompt, "cond": cond, "against": against}
-            x = self.draw([number], seed=seed, prompts=[prompt], sampling=sampling, **asked)
+            plain = copy(self)
+            plain.fast = None  # nothing can be seen inside a compiled network
+            x = plain.draw([number], seed=seed, prompts=[prompt], sampling=sampling, **asked)
         if not maps:
             raise UndiffuseError("this network looks at no tokens")
         size = [max(each.weights.shape[axis] for each in maps) for axis in range(2, maps[0].weights.ndim - 1)]
@@ -1089,6 +1160,8 @@ class Pipeline:
         if len(x) == 0 or batch_size < 1 or (classes is not None and len(classes) != len(x)):
             known = "no" if classes is None else len(classes)
             raise UndiffuseError(f"likelihood of {len(x)} values, {known} classes, batches of {batch_size}")
+        if self.dtype in HALVES:
+            raise UndiffuseError(f"likelihood in {self.dtype} would be rounding: load the model without dtype")
         self.denoiser.eval()
         units = self.spec if self.codec is None else None  # latents are continuous, in units of their own (trap D6)
         parts = []

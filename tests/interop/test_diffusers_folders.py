@@ -627,7 +627,7 @@ def test_what_is_meant_as_ours_is_no_name_on_the_hub(tmp_path: Path, monkeypatch
 
 def test_options_are_for_their_formats(tmp_path: Path) -> None:
     with pytest.raises(UndiffuseError, match="are for diffusers' folders"):
-        Pipeline.load(tmp_path, dtype=torch.float16)
+        Pipeline.load(tmp_path, variant="fp16")
 
 
 def test_what_is_not_read_is_refused_by_name(folder: Path) -> None:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from training_laws import bits, points, recipe
 from undiffuse import conditions
+from undiffuse.compiling import SHAPES, Compiled, Program, for_training
 from undiffuse.config import load_json, override
 from undiffuse.denoiser import Denoiser
 from undiffuse.errors import UndiffuseError, UndiffuseWarning
@@ -21,7 +22,6 @@ from undiffuse.pipeline import REGISTRIES
 from undiffuse.predictions import FlowVelocity
 from undiffuse.schedules import Flow
 from undiffuse.training import Trainer, make_recipe, run_training, speed
-from undiffuse.training.engine import SHAPES, Compiled
 from undiffuse.training.speed import Trial, as_before, choose, plain, settle
 
 
@@ -36,7 +36,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """In place of torch.compile, which takes a minute: what it is called with, returned as it is."""
     calls: list[Any] = []
 
-    def compile(function: Any, dynamic: bool) -> Any:
+    def compile(function: Any, dynamic: bool, **options: Any) -> Any:
         assert not dynamic
         calls.append(function)
         return function
@@ -162,7 +162,7 @@ def test_a_trial_that_diverges_or_cannot_compile_chooses_the_plain_way(
     wild = replace(asked, optimiser=replace(asked.optimiser, lr=1e30, warmup=0))
     assert choose(dataset, wild) == (plain(wild), "")
 
-    def broken(function: Any, dynamic: bool) -> Any:
+    def broken(function: Any, dynamic: bool, **options: Any) -> Any:
         def call(*values: Any, **more: Any) -> Tensor:
             raise RuntimeError("No working C++ compiler found (tried g++)\nand more")
 
@@ -175,7 +175,7 @@ def test_a_trial_that_diverges_or_cannot_compile_chooses_the_plain_way(
 
 
 def test_a_network_that_cannot_be_compiled_trains_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda *values, **more: 1 / 0)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *values, **more: 1 / 0)
     data = points()
     asked = recipe(data, compile="always")
     trainer, usual = Trainer(data, asked, seed=3), Trainer(data, plain(recipe(data)), seed=3)
@@ -187,20 +187,14 @@ def test_a_network_that_cannot_be_compiled_trains_as_it_is(monkeypatch: pytest.M
 
 
 def test_a_few_shapes_are_compiled_and_the_rest_run_as_they_are(compiler: list[Any]) -> None:
-    class Plain(nn.Module):
-        calls = 0
-
-        def forward(self, x: Tensor, label: Tensor) -> Tensor:
-            type(self).calls += 1
-            return x
-
-    compiled = Compiled(Plain())
-    programs = []
-    compiled.program = lambda x, label: (programs.append(x.shape[0]), x)[1]  # type: ignore[method-assign]
+    plain: list[int] = []
+    programs: list[int] = []
+    compiled = Program(lambda x, label: plain.append(len(x)), "")
+    compiled.program = lambda x, label: programs.append(len(x))
     for batch in [*range(1, SHAPES + 3), 1, 2]:
         compiled(torch.zeros(batch, 2), torch.zeros(batch))
     assert programs == [*range(1, SHAPES + 1), 1, 2]
-    assert Plain.calls == 2
+    assert plain == [SHAPES + 1, SHAPES + 2]
 
 
 def test_a_run_goes_on_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: list[Any]) -> None:
@@ -339,7 +333,5 @@ def test_no_update_waits_for_a_gpu() -> None:
 
 
 def test_the_twin_says_nothing_of_its_schedule_again() -> None:
-    from undiffuse.training.engine import compiled_twin
-
-    twin = compiled_twin(Denoiser(nn.Identity(), Flow(), FlowVelocity()))
+    twin = for_training(Denoiser(nn.Identity(), Flow(), FlowVelocity()))
     assert isinstance(twin.network, Compiled)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from ..errors import unknown
+
+if TYPE_CHECKING:
+    import torch
 
 AnyPath = Path | str
 """A path; in Python, text will do."""
@@ -50,3 +53,15 @@ def checked(reading: DataOptions) -> DataOptions:
         if name not in DataOptions.__annotations__:
             raise unknown("option", name, DataOptions.__annotations__)
     return reading
+
+
+Precision = Literal["float32", "bf16", "fp16"]
+"""Of what a network computes when it samples."""
+
+
+def dtype_of(precision: Precision | None) -> torch.dtype | None:
+    """As torch names it; None: as it is."""
+    import torch
+
+    types = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return None if precision is None else types[precision]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ..errors import UndiffuseError, UndiffuseWarning, unknown
-from .options import AnyPath
+from .options import AnyPath, Precision, dtype_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +33,7 @@ undiffuse sample runs/shapes --prompt "a red circle above a blue square"
 undiffuse sample runs/enlarge --beside small.png      a model of model.beside
 undiffuse sample models/sd --prompt "a (red:1.3) house" --weighted-prompts
 undiffuse sample runs/demo --solver ddpm --steps 250 --set noise=brownian
+undiffuse sample runs/big -n 10000 --out many.npy --compile --precision bf16
 """
 
 
@@ -53,6 +54,8 @@ class Sampled:
     guidance_scale: float
     calls: int  # of the network, for one sample
     whole_calls: int  # those in which all of it has computed
+    precision: str  # float32, bfloat16 or float16
+    compiled: bool  # whether the network was; not if that has failed
     seconds: float
 
 
@@ -81,6 +84,8 @@ def sample(
     out: AnyPath | None = None,
     from_: Annotated[AnyPath | None, tyro.conf.arg(name="from")] = None,
     device: str = "auto",
+    precision: Precision | None = None,
+    compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH=VALUE")] = (),
 ) -> Sampled:
     """Sample from a model and write a picture, a folder of pictures, an array or an animation.
@@ -116,6 +121,10 @@ def sample(
             them. Points: a .csv. (Default: samples, as what the data is.)
         from_: A PNG made by this command: make it again, except for the options that are given.
         device: auto, cpu, cuda, mps.
+        precision: Of the network: float32 (the default), or bf16 or fp16, which take half the memory, are faster where
+            the processor multiplies in them, and change a sample by their rounding.
+        compile: Compile the network (torch.compile; CUDA graphs on a GPU), which takes a minute or more and pays for
+            many samples; changes a sample by rounding only. Take a --batch-size that is a power of two.
         set: Change one more sampling setting, such as threshold=static, noise=brownian, guidance_interval=0.2,5,
             solver.eta=0.5, long_prompts=windows or clip_skip=1, or reuse=3 to run the whole network in every third call
             only; may be repeated.
@@ -148,6 +157,8 @@ def sample(
         "rows": rows,
         "tile": tile,
         "size": size,
+        "precision": precision,
+        "compile": compile or None,
         "set": list(set) or None,
     }
     made = made_by(Path(from_)) if from_ is not None else None
@@ -159,13 +170,14 @@ def sample(
         options.pop("shown", None)
     with joined(device) as (team, place):
         with team.agree():
-            pipeline = Pipeline.load(model, place)
+            pipeline = Pipeline.load(model, place, dtype=dtype_of(options.get("precision")))
             if "size" in options:
                 pipeline = pipeline.resized(*parse_size(options["size"]))
             if made and made["weights"] != pipeline.fingerprint:
-                warnings.warn(
-                    f"{from_} was made by other weights: expect another picture", UndiffuseWarning, stacklevel=2
-                )
+                others = "by other weights, or in another precision"
+                warnings.warn(f"{from_} was made {others}: expect another picture", UndiffuseWarning, stacklevel=2)
+            if options.get("compile"):
+                pipeline = pipeline.compiled()
             of_sampling = ("solver", "steps", "grid", "guidance_scale", "weighted_prompts")
             changes = {name: options[name] for name in of_sampling if name in options}
             settings = pipeline.settings(made["sampling"] if made else None, **changes)
@@ -221,6 +233,8 @@ def sample(
         **shown,
         calls=pipeline.calls(settings),
         whole_calls=pipeline.whole_calls(settings),
+        precision=pipeline.arithmetic["dtype"],
+        compiled=pipeline.arithmetic["compiled"],
         seconds=time.monotonic() - begun,
     )
 
@@ -228,11 +242,12 @@ def sample(
 def report(sampled: Sampled) -> str:
     kind = "x".join(map(str, sampled.shape)) or "scalar"
     rate = sampled.samples / max(sampled.seconds, 1e-9)
+    how = [sampled.precision] * (sampled.precision != "float32") + ["compiled"] * sampled.compiled
     whole = "" if sampled.whole_calls == sampled.calls else f", {sampled.whole_calls} of them whole"
     return (
         f"{sampled.path}\n"
         f"  {sampled.samples} samples, {kind} {sampled.dtype}, seed {sampled.seed}, "
-        f"{sampled.seconds:.1f} s ({rate:.3g} a second)\n"
+        f"{sampled.seconds:.1f} s ({rate:.3g} a second{'; ' if how else ''}{', '.join(how)})\n"
         f"  {sampled.solver}, {sampled.grid} grid, {sampled.steps} steps, guidance {sampled.guidance_scale:g}: "
         f"{sampled.calls} network calls a sample{whole}"
     )

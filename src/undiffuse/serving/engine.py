@@ -14,6 +14,7 @@ A picture is a function of its request alone. The engine's neighbours move it by
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ..compiling import MOST_FILLED
 from ..conditions import Rows
 from ..denoiser import Denoise
 from ..errors import UndiffuseError, choose
@@ -192,8 +194,14 @@ class Engine:
     # --- what others call ---------------------------------------------------------------------------------------------
 
     def add(self, name: str, pipeline: Pipeline) -> None:
-        """Serve a model. It is probed first, which takes a second or two, here and not on the engine's thread."""
-        self.models[name] = Loaded(pipeline, *probe(pipeline, self.rows))
+        """Serve a model. It is probed first, which takes a second or two, here and not on the engine's thread; one that
+        compiles does so here too, for all numbers of rows that its calls are filled up to."""
+        compiles = pipeline.fast is not None
+        rows, pace = probe(pipeline, self.rows, MOST_FILLED if compiles else math.inf)
+        if compiles:
+            fewer = [] if self.exact else [2**k for k in range(rows.bit_length()) if 2**k < rows]
+            pace, *_ = [probe(pipeline, each, compiled=True)[1] for each in (rows, *reversed(fewer))]
+        self.models[name] = Loaded(pipeline, rows, pace)
 
     def remove(self, name: str) -> None:
         """Serve it no more. Raises :class:`UndiffuseError` while there are jobs for it (:meth:`busy`)."""
@@ -435,7 +443,7 @@ class Engine:
         begun = time.monotonic()
         try:
             with torch.no_grad():
-                estimates = answer_together(pipeline.denoiser, questions, loaded.rows if self.exact else None)
+                estimates = answer_together(pipeline.asked, questions, loaded.rows if self.exact else None)
             if pipeline.device.type == "cuda":
                 torch.cuda.synchronize(pipeline.device)
         except torch.AcceleratorError:
@@ -472,16 +480,22 @@ def _said(estimate: Estimate) -> Denoise:
 
 @torch.no_grad()
 def probe(
-    pipeline: Pipeline, rows: int | None = None, most: int | None = None, slack: float = 1.05, repeats: int = 3
+    pipeline: Pipeline,
+    rows: int | None = None,
+    most: float = math.inf,
+    slack: float = 1.05,
+    repeats: int = 3,
+    compiled: bool = False,
 ) -> tuple[int, float]:
     """How many rows of a network call pay, and the seconds that one then takes: the fewest (a power of two, 2 to
     ``most``) whose time a row is within ``slack`` of the best, of those that fit into memory. A second or two. With
-    ``rows`` only the time of so many is taken.
+    ``rows`` only the time of so many is taken; ``compiled``: by the compiled network, if it is one.
 
     On a CPU the time is this thread's own: where others compute, a long call is interrupted and a short one is not, so
     that by the clock small batches would always look best."""
-    limit = most or MOST_ROWS.get(pipeline.device.type, 32)
-    denoiser, level = pipeline.denoiser.eval(), pipeline.config.schedule(0.5)
+    limit = min(most, MOST_ROWS.get(pipeline.device.type, 32))
+    denoiser, level = pipeline.asked if compiled else pipeline.denoiser, pipeline.config.schedule(0.5)
+    pipeline.denoiser.eval()
 
     own = time.thread_time if pipeline.device.type == "cpu" else time.perf_counter
 

@@ -121,7 +121,7 @@ def run(pipeline: Pipeline, walks: Sequence[Walk], check: Check = lambda: None) 
                 break
             batch.append(i)
         with torch.no_grad():
-            estimates = answer_together(pipeline.denoiser, [asked[i] for i in batch])
+            estimates = answer_together(pipeline.asked, [asked[i] for i in batch])
         for i, estimate in zip(batch, estimates, strict=True):
             go_on(i, estimate)
     return [_trace(each) for each in frames]

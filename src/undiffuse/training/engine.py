@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compiling import for_training
 from ..denoiser import Denoiser
 from ..distributed import Team
-from ..errors import UndiffuseError, UndiffuseWarning
+from ..errors import UndiffuseError
 from ..objectives import loss
 from .recipe import Shard
 
@@ -94,56 +95,9 @@ def divide(denoiser: Denoiser, device: torch.device, team: Team) -> Engine:
     return Engine(partial(loss, denoiser), quiet)
 
 
-SHAPES = 4
-"""Shapes of input for which a network is compiled; there are two at most where all batches are alike."""
-
-
-class Compiled(nn.Module):
-    """A network through ``torch.compile``, with the weights of the network itself: one program for each shape, a few
-    shapes at most. Where compiling does not work, the network as it is, with a warning."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.program = torch.compile(network.forward, dynamic=False)
-        self.shapes: set[tuple[tuple[int, ...], ...]] = set()
-        self.works = True
-
-    def forward(self, x: Tensor, label: Tensor, **encoded: Tensor) -> Tensor:
-        shape = tuple(tuple(value.shape) for value in (x, label, *encoded.values()))
-        known = shape in self.shapes
-        if not self.works or not (known or len(self.shapes) < SHAPES):
-            return self.network(x, label, **encoded)
-        try:
-            y = self.program(x, label, **encoded)
-        except Exception as error:  # of any kind: no compiler, an operation that it does not know, no disk ...
-            if known:
-                raise
-            y = self.network(x, label, **encoded)  # raises itself, if that is not it
-            self.works = False
-            lines = str(error).strip().splitlines() or [""]
-            reason = f"{type(error).__name__}: {lines[0].replace('(', '').replace(')', '')[:160]}"
-            warnings.warn(
-                f"torch.compile does not work here ({reason}); training goes on without, but a run that began with it "
-                "not bit by bit",
-                UndiffuseWarning,
-                stacklevel=2,
-            )
-        self.shapes.add(shape)
-        return y
-
-
-def compiled_twin(denoiser: Denoiser) -> Denoiser:
-    """The same weights and conditions around the compiled network; what looks at the weights uses the plain one."""
-    parts = (denoiser.schedule, denoiser.prediction, denoiser.label, denoiser.input_scale, denoiser.conditions)
-    with warnings.catch_warnings():  # the denoiser itself has said what there is to say of its schedule
-        warnings.simplefilter("ignore", UndiffuseWarning)
-        return Denoiser(Compiled(denoiser.network), *parts, denoiser.learned_variance)
-
-
 def exchange(denoiser: Any, team: Team, compiled: bool = False, loss: Callable[..., Tensor] = loss) -> Engine:
     """All state on each process: DDP, or nothing at all for a team of one. ``loss(denoiser, ...)`` is ``[B]``."""
-    denoiser = compiled_twin(denoiser) if compiled else denoiser
+    denoiser = for_training(denoiser) if compiled else denoiser
     if team.size == 1:
         return Engine(partial(loss, denoiser), nullcontext)
     from torch.nn.parallel import DistributedDataParallel

@@ -30,7 +30,6 @@ from .schedulers import DEFAULTS, Meaning, read_scheduler
 
 LARGEST = 16_384
 """Pixels along a side."""
-TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def load(
@@ -55,8 +54,6 @@ def load(
         ) from None
     for library in (diffusers, transformers):
         quiet(library)
-    if dtype not in (None, *TYPES):
-        raise UndiffuseError(f"dtype {dtype} is not one of {', '.join(map(str, TYPES))}")
     if Path(path).is_file():
         return single_file(Path(path), config, torch.device(device), dtype or torch.float32, offload)
     if config is not None:
