@@ -9,12 +9,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
-from test_pipeline import pipeline
+from test_pipeline import SPEC, pipeline
+from undiffuse.conditions import Attributes, Classes, Conditions, Picture, Vector
+from undiffuse.networks import sized
 from undiffuse.pipeline import Pipeline
 
 pytest.importorskip("uvicorn", reason="needs undiffuse[serve]")
@@ -85,3 +87,28 @@ def until(true: Callable[[], object], seconds: float = 20.0) -> None:
     while not true():
         assert time.monotonic() < end, "did not happen"
         time.sleep(0.01)
+
+
+# --- a model that takes all that data can say of their items ----------------------------------------------------------
+
+OF = replace(
+    SPEC,
+    classes=("cat", "dog"),
+    attributes=(("breed", ("manx", "tabby")), ("eyes", ("blue", "none", "1"))),
+    numbers=(("age", 3.0, 2.0), ("weight", 50.0, 5.0)),
+)
+
+
+def complete(made: dict[str, Any], shape: tuple[int, ...]) -> Pipeline:
+    """A model of what data say of their items, which is shown pictures."""
+    parts = Conditions(
+        {
+            "classes": Classes(2, 16),
+            "attributes": Attributes((2, 3), 16),
+            "numbers": Vector(2, 16),
+            "beside": Picture(shape, SPEC.shape[1:], made=made),
+        }
+    )
+    name, options = sized(SPEC.shape, "tiny", 16)
+    options = {**options, "in_channels": options["in_channels"] + parts.channels, "out_channels": 1}
+    return pipeline(OF, 0, network=name, network_config=options, conditions=parts.config)

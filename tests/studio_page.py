@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from undiffuse.pipeline import Pipeline
@@ -127,6 +128,16 @@ class Looking:
             "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input', {bubbles: true})); }",
             str(value),
         )
+
+
+def ends(look: Looking, what: str = "now.trace") -> np.ndarray:
+    """The last frame of a trajectory, ``[B, *shape]``."""
+    shape = look.js(f"{what}.arrays.x.shape")
+    return np.array(look.js(f"Array.from({what}.arrays.x.data)")).reshape(shape)[-1]
+
+
+def close(page: np.ndarray, wanted: torch.Tensor) -> bool:
+    return bool(np.abs(page - wanted.numpy()).max() < 1e-3)
 
 
 @contextmanager

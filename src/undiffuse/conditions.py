@@ -29,8 +29,8 @@ from .levels import to_device
 from .prompts import AS_WRITTEN, PromptReading
 from .tokens import BytePairs
 
-Rows = Mapping[str, Tensor | Sequence[Any]]
-"""Of conditions by name: raw values ``[R, ...]``, or rows as people write them (:meth:`Conditions.read`)."""
+Rows = Mapping[str, Tensor | Sequence[Any] | float | None]
+"""Of conditions by name: raw values ``[R, ...]``, or rows as people write them, or one (:meth:`Conditions.read`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -555,6 +555,7 @@ def rows_in(given: Any, depth: int) -> list[Any]:
 
 
 LISTS = (list, tuple, np.ndarray, Tensor)
+"""What is not one row by itself, or one number of it."""
 
 
 def _depth(row: Any) -> int:
@@ -663,7 +664,9 @@ class Conditions(nn.Module):
         parts = {name: self.part(name).made for name in self.names}
         return {name: made(x, map(stream, range(len(x)))) for name, made in parts.items() if made is not None}
 
-    def read(self, name: str, rows: Tensor | Sequence[Any], reading: PromptReading = AS_WRITTEN) -> Tensor:
+    def read(
+        self, name: str, rows: Tensor | Sequence[Any] | float | None, reading: PromptReading = AS_WRITTEN
+    ) -> Tensor:
         """Raw values ``[R, ...]`` of one condition, checked, from what people write: R numbers or lists of numbers, of
         a :class:`Written` one texts, read as ``reading`` says, or one of them alone; None, or None for one number of
         several, asks for nothing in particular."""

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from .conditions import Rows
+from .conditions import LISTS, Rows
 from .config import to_json, write_bytes_atomic
 from .data.png import encode16
 from .data.sounds import encode_wav
@@ -205,7 +205,8 @@ def write_samples(
     """
     spec, suffix = pipeline.spec, target.suffix.lower()
     kinds = classes if classes is not None else prompts if prompts is not None else spec.classes
-    columns = columns_for(samples, max(map(len, cond.values())) if cond and classes is prompts is None else len(kinds))
+    rows_of = [len(each) for each in (cond or {}).values() if isinstance(each, LISTS)]
+    columns = columns_for(samples, max(rows_of, default=1) if cond and classes is prompts is None else len(kinds))
     asked: dict[str, Any] = {"prompts": prompts, "negative_prompt": negative_prompt, "cond": cond, "against": against}
     if suffix in (".gif", ".webp") and spec.kind != "video":
         pictures = []

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from .beside import BESIDE, Beside, Holes
 from .codecs import FILE, Codec, Tiling, check_same_data, codec_meaning, decode_tiled
 from .compiling import Backend, ForSampling
-from .conditions import Conditions, Patches, Picture, Rows
+from .conditions import LISTS, Conditions, Patches, Picture, Rows
 from .config import from_json, load_json, parse_json, to_json, write_json_atomic
 from .data.columns import asked as in_raw
 from .data.shown import picture_spec
@@ -1153,9 +1153,9 @@ class Pipeline:
         ``classes`` are those of the N values, and ``cond`` is what else is known of them, N rows of any condition by
         name; what is not given is nothing in particular.
         """
-        cond = cond or {}
-        if wrong := [name for name, rows in cond.items() if len(rows) != len(values)]:
-            raise UndiffuseError(f"likelihood of {len(values)} values, {len(cond[wrong[0]])} rows of {wrong[0]}")
+        given = {name: rows if isinstance(rows, LISTS) else [rows] for name, rows in (cond or {}).items()}
+        if wrong := [name for name, rows in given.items() if len(rows) != len(values)]:
+            raise UndiffuseError(f"likelihood of {len(values)} values, {len(given[wrong[0]])} rows of {wrong[0]}")
         x = self.spec.to_model(values)
         if len(x) == 0 or batch_size < 1 or (classes is not None and len(classes) != len(x)):
             known = "no" if classes is None else len(classes)
@@ -1168,9 +1168,9 @@ class Pipeline:
         for batch in torch.arange(len(x)).split(batch_size):
             numbers = batch.tolist()
             told = self.denoiser.null(len(numbers))
-            if classes is not None or cond:
+            if classes is not None or given:
                 chosen = None if classes is None else [classes[i] for i in numbers]
-                rows = {name: given[numbers[0] : numbers[-1] + 1] for name, given in cond.items()}
+                rows = {name: each[numbers[0] : numbers[-1] + 1] for name, each in given.items()}
                 told = self.conditions(range(len(numbers)), chosen, cond=rows)
             parts.append(
                 log_likelihood(

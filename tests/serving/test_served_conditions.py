@@ -6,7 +6,6 @@ import base64
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +14,18 @@ import pytest
 import torch
 from PIL import Image
 
-from serving_laws import ROWS, Running, running
-from test_pipeline import SPEC, conditional, pipeline
+from serving_laws import OF, ROWS, Running, complete, running
+from test_pipeline import conditional, pipeline
 from undiffuse import sample
-from undiffuse.conditions import Attributes, Classes, Conditions, Picture, Vector
-from undiffuse.networks import sized
-from undiffuse.pipeline import Pipeline
 
 IMAGE, EDIT, SAMPLES = "/v1/images/generations", "/v1/images/edits", "/v1/samples"
-OF = replace(
-    SPEC,
-    classes=("cat", "dog"),
-    attributes=(("breed", ("manx", "tabby")), ("eyes", ("blue", "none", "1"))),
-    numbers=(("age", 3.0, 2.0), ("weight", 50.0, 5.0)),
-)
-
-
-def shown(made: dict[str, Any], shape: tuple[int, ...]) -> Pipeline:
-    """A model of what data say of their items, which is shown pictures."""
-    parts = Conditions(
-        {
-            "classes": Classes(2, 16),
-            "attributes": Attributes((2, 3), 16),
-            "numbers": Vector(2, 16),
-            "beside": Picture(shape, SPEC.shape[1:], made=made),
-        }
-    )
-    name, options = sized(SPEC.shape, "tiny", 16)
-    options = {**options, "in_channels": options["in_channels"] + parts.channels, "out_channels": 1}
-    return pipeline(OF, 0, network=name, network_config=options, conditions=parts.config)
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     models = {
-        "small": shown({"kind": "smaller", "factor": 2}, (1, 4, 4)),
-        "holes": shown({"kind": "holes"}, (1, 8, 8)),
+        "small": complete({"kind": "smaller", "factor": 2}, (1, 4, 4)),
+        "holes": complete({"kind": "holes"}, (1, 8, 8)),
         "other": conditional(),
         "digits": pipeline(),
     }

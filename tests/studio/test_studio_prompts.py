@@ -16,7 +16,7 @@ pytest.importorskip("uvicorn", reason="needs undiffuse[serve]")
 pytest.importorskip("fastapi", reason="needs undiffuse[serve]")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
-from studio_page import CHROMIUM, Looking, Running, running  # noqa: E402
+from studio_page import CHROMIUM, Looking, Running, close, ends, running  # noqa: E402
 from test_pipeline import conditional  # noqa: E402
 from test_text import pipeline as literate  # noqa: E402
 from undiffuse.commands import main  # noqa: E402
@@ -58,16 +58,6 @@ def look(page: Any, server: Running) -> Iterator[Looking]:
     yield looking
     assert looking.complaints == []
     assert all(url.startswith((server.origin, "data:", "blob:", "about:")) for url in looking.asked)
-
-
-def ends(look: Looking, what: str = "now.trace") -> np.ndarray:
-    """The last frame of a trajectory, ``[B, *shape]``."""
-    shape = look.js(f"{what}.arrays.x.shape")
-    return np.array(look.js(f"Array.from({what}.arrays.x.data)")).reshape(shape)[-1]
-
-
-def close(page: np.ndarray, wanted: torch.Tensor) -> bool:
-    return bool(np.abs(page - wanted.numpy()).max() < 1e-3)
 
 
 def test_a_prompt_is_asked_for_and_led_away_from(look: Looking, models: dict[str, Pipeline]) -> None:
@@ -181,13 +171,13 @@ def test_the_map_walks_through_prompts(look: Looking, models: dict[str, Pipeline
 
 
 @pytest.mark.parametrize(
-    ("state", "curl"),
+    "state",
     [
-        ("model=words&prompt=two+%22red%22+circles&negative=it's+blue&scale=3", True),
-        ("model=many&cond.kind=1,&cond.place=0.5,-1&prompt=a+red+dot&scale=2&against.kind=,2", False),
+        "model=words&prompt=two+%22red%22+circles&negative=it's+blue&scale=3",
+        "model=many&cond.kind=1,&cond.place=0.5,-1&prompt=a+red+dot&scale=2&against.kind=,2",
     ],
 )
-def test_copy_as_says_everything_that_was_asked(look: Looking, tmp_path: Path, state: str, curl: bool) -> None:
+def test_copy_as_says_everything_that_was_asked(look: Looking, tmp_path: Path, state: str) -> None:
     look.open(f"time?n=2&steps=3&seed=2&{state}")
     look.wait("now.trace && now.trace.t.length === 4")
     seen = ends(look)
@@ -201,12 +191,10 @@ def test_copy_as_says_everything_that_was_asked(look: Looking, tmp_path: Path, s
     assert np.abs(spec.to_data(torch.tensor(seen)).astype(float) - scope["x"].astype(float)).max() <= 1
     assert main([*shlex.split(copied[2])[1:], "--out", str(tmp_path / "x.npy")]) == 0
     assert np.array_equal(np.load(tmp_path / "x.npy"), scope["x"])
-    assert len(copied) == 3 + curl
-    if curl:
-        status, _, raw = look.server.ask("/v1/samples", shlex.split(copied[3].replace("\\\n", " "))[5].encode())
-        assert status == 200, raw
-        (tmp_path / "y.npy").write_bytes(raw)
-        assert np.abs(np.load(tmp_path / "y.npy").astype(float) - scope["x"].astype(float)).max() <= 1
+    status, _, raw = look.server.ask("/v1/samples", shlex.split(copied[3].replace("\\\n", " "))[5].encode())
+    assert status == 200, raw
+    (tmp_path / "y.npy").write_bytes(raw)
+    assert np.abs(np.load(tmp_path / "y.npy").astype(float) - scope["x"].astype(float)).max() <= 1
 
 
 def test_attributes_and_vectors_have_knobs(look: Looking, models: dict[str, Pipeline]) -> None:

@@ -130,7 +130,7 @@ def _proof(run: Path, device: str) -> list[Finding]:
     from ..training.proof import prove_resume
     from .train import data_of
 
-    dataset = data_of(run)
+    dataset = data_of(run, latents=True)
     proof = prove_resume(run, dataset, device=device)
     if proof.exact:
         return [

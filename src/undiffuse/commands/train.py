@@ -228,8 +228,8 @@ def prepare(
     return dataset, with_length(chosen, steps=steps, images=images, batch_size=batch_size)
 
 
-def data_of(run: Path) -> Dataset:
-    """The data (or their latents) that a run's own command names."""
+def data_of(run: Path, latents: bool = False) -> Dataset:
+    """The data that a run's own command names; ``latents``: or what of them it learns from."""
     from ..config import from_json, load_json
     from ..data import open_dataset
     from ..data.augment import Augment
@@ -243,7 +243,7 @@ def data_of(run: Path) -> Dataset:
     given = _parse("train", sys.modules[__name__], words).keywords  # pyrefly: ignore
     names = [name for name in (*DataOptions.__annotations__, "strict", "seed") if name in given]
     dataset = open_dataset(given["data"], **{name: given[name] for name in names})
-    if given["codec"] is None:
+    if given["codec"] is None or not latents:
         return dataset
     config = run / "config.json"
     augment = from_json(Augment, load_json(config)["recipe"]["augment"], str(config))

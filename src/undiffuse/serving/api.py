@@ -409,15 +409,18 @@ def read_beside(form: How, pipeline: Pipeline) -> Tensor | None:
     """The pictures that a model is to be shown, ``[N, *shape]``, model units, NaN where nothing is known."""
     if form.beside is None:
         return None
-    files = []
     if not form.beside:
         raise Refused(400, "no picture given: name one, or leave beside out", "beside", "invalid_value")
-    for each in [form.beside] if isinstance(form.beside, str) else form.beside:
-        try:
-            files.append(base64.b64decode(each, validate=True))
-        except ValueError:
-            raise Refused(400, "beside is base64 of a picture or of a .npy", "beside", "invalid_value") from None
-    return shown_of("beside", files, pipeline)
+    given = [form.beside] if isinstance(form.beside, str) else form.beside
+    return shown_of("beside", decoded("beside", given), pipeline)
+
+
+def decoded(field: str, texts: Sequence[str]) -> list[bytes]:
+    """The files that a field holds in base64."""
+    try:
+        return [base64.b64decode(each, validate=True) for each in texts]
+    except ValueError:
+        raise Refused(400, f"{field} is base64 of a picture or of a .npy", field, "invalid_value") from None
 
 
 def shown_of(field: str, files: Sequence[bytes], pipeline: Pipeline) -> Tensor:

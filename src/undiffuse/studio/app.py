@@ -9,15 +9,14 @@ nothing from a request reaches the file system.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import hmac
 import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, final
 
@@ -30,9 +29,11 @@ from torch import Tensor
 
 from ..commands import plain
 from ..commands.solvers import measure
-from ..conditions import Attributes, Classes, Vector, Written
-from ..data import open_dataset
+from ..commands.train import data_of
+from ..data import DataSpec, open_dataset
+from ..data.shown import write_shown
 from ..errors import UndiffuseError, choose
+from ..evaluation.samples import translated
 from ..grids import GRIDS
 from ..outputs import drawable, encode_animation, grid
 from ..pipeline import Pipeline
@@ -41,6 +42,7 @@ from ..serving import api
 from ..serving.api import Refused
 from ..serving.server import Service
 from ..solvers import SOLVERS
+from ..training.draws import told
 from . import labs, plane
 from .runs import Runs, previews
 
@@ -102,16 +104,8 @@ class Form(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-Row = (
-    Annotated[str, Field(max_length=10_000)]
-    | int
-    | float
-    | None
-    | Annotated[list[int | float | None], Field(max_length=1000)]
-)
-"""What is asked of one sample: a text, a number or numbers; None leaves it open."""
-Given = dict[Annotated[str, Field(max_length=100)], Annotated[list[Row], Field(min_length=1, max_length=64)]]
-"""Conditions by name, a row a sample in turn."""
+Given = dict[Annotated[str, Field(max_length=100)], Annotated[list[api.Row], Field(min_length=1, max_length=64)]]
+"""Conditions by name, a row a sample in turn; of ``beside`` the numbers of pictures that the studio knows."""
 
 
 class Ask(Form):
@@ -182,7 +176,7 @@ class WalkForm(Form):
     columns: int = Field(7, ge=2, le=12)
     rows: int = Field(7, ge=1, le=12)
     down: str = Field("noise", max_length=100, description="noise, or the condition whose values are walked through")
-    values: list[Row] = Field(default_factory=list, max_length=12)
+    values: list[api.Row] = Field(default_factory=list, max_length=12)
 
 
 class Animation(Form):
@@ -193,6 +187,11 @@ class Animation(Form):
 class Picture(Form):
     model: str | None = Field(None, max_length=200)
     data: str = Field(max_length=20_000_000, description="a picture file in base64")
+
+
+class Beside(Form):
+    model: str | None = Field(None, max_length=200)
+    number: int = Field(0, ge=0)
 
 
 class Plane(Form):
@@ -263,6 +262,7 @@ class Pictures:
 
     x: Tensor  # [P, *shape], model units
     labels: list[int | None]
+    shown: Tensor  # [K, *beside.shape], of a model that is shown pictures beside; NaN where nothing is known
 
 
 @final
@@ -357,10 +357,30 @@ class Studio:
         for text_name, part in conditions.written.items() if conditions is not None else ():
             for text in (*form.cond.get(text_name, ()), *form.against.get(text_name, ())):
                 part.check_length(text if isinstance(text, str) else "", sampling.reading)
-        ask = labs.Ask(sampling, numbers, form.seed, form.cond, form.against)
+        cond, against = (self.rows(name, pipeline, given) for given in (form.cond, form.against))
+        ask = labs.Ask(sampling, numbers, form.seed, cond, against)
         pipeline.conditions(numbers, None, cond=ask.cond)
         pipeline.against(1, cond=ask.against)
         return name, pipeline, ask
+
+    def rows(self, name: str, pipeline: Pipeline, given: Given) -> dict[str, Any]:
+        """Conditions by name, the pictures beside by their numbers."""
+        if "beside" not in given or pipeline.beside is None:
+            return dict(given)
+        known = self.pictures(name, pipeline).shown
+        rows = [
+            torch.full_like(known[0], torch.nan) if k is None else known[k]
+            for k in self.numbers(known, given["beside"])
+        ]
+        return {**given, "beside": torch.stack(rows)}
+
+    @staticmethod
+    def numbers(known: Tensor, asked: Sequence[Any]) -> list[int | None]:
+        """``asked``, or an error for one of which there is no picture."""
+        for number in asked:
+            if number is not None and (not isinstance(number, int) or not 0 <= number < len(known)):
+                raise UndiffuseError(f"there is no picture {number!r} to be shown: open one")
+        return [*asked]
 
     def labels(self, pipeline: Pipeline, ask: labs.Ask) -> list[int | None]:
         """The class of each sample."""
@@ -382,7 +402,7 @@ class Studio:
             # Inverted are n pictures, each with its own noise; noised is one, with the noise of each sample.
             x0, labels = self.chosen(name, pipeline, form.picture, form.n if form.start == "inverted" else 1)
             if "classes" not in form.cond and any(label is not None for label in labels):
-                ask = replace(ask, cond={**form.cond, "classes": labels})
+                ask = replace(ask, cond={**(ask.cond or {}), "classes": labels})
             if form.start == "inverted":
                 x0 = pipeline.encode(x0.to(pipeline.device))
                 walk, calls = labs.inverted(pipeline, ask, x0, check)
@@ -419,7 +439,7 @@ class Studio:
         if form.base.model != form.then.model or form.base.n != form.then.n:
             raise UndiffuseError("a branch has the model and the number of samples of what it leaves")
         if "classes" not in form.then.cond and any(label is not None for label in said["labels"]):
-            ask = replace(ask, cond={**form.then.cond, "classes": said["labels"]})
+            ask = replace(ask, cond={**(ask.cond or {}), "classes": said["labels"]})
         self.acts(ask)
         return labs.branch(pipeline, base, form.index, ask, form.then.seed != form.base.seed, check)
 
@@ -444,10 +464,7 @@ class Studio:
         name, pipeline = self.model(form.model)
         if not pipeline.spec.has_pictures:
             raise UndiffuseError("this model's data are no pictures")
-        try:
-            data = base64.b64decode(form.data, validate=True)
-        except (binascii.Error, ValueError):
-            raise Refused(400, "the picture is not base64", "data", "invalid_value") from None
+        (data,) = api.decoded("data", [form.data])
         x = api.read_picture(data, pipeline.spec, limits)
         pictures = self.pictures(name, pipeline)
         with self._lock:
@@ -455,6 +472,17 @@ class Studio:
                 raise UndiffuseError(f"{UPLOADS} pictures are enough: start the studio again")
             pictures.x, pictures.labels = torch.cat([pictures.x, x]), [*pictures.labels, None]
             return len(pictures.x) - 1
+
+    def show(self, form: Picture) -> int:
+        """Take a picture, or a ``.npy``, to be shown beside."""
+        name, pipeline = self.model(form.model)
+        (data,) = api.decoded("data", [form.data])
+        shown, pictures = api.shown_of("data", [data], pipeline), self.pictures(name, pipeline)
+        with self._lock:
+            if len(pictures.shown) + len(shown) > UPLOADS:
+                raise UndiffuseError(f"{UPLOADS} pictures are enough: start the studio again")
+            pictures.shown = torch.cat([pictures.shown, shown])
+            return len(pictures.shown) - len(shown)
 
     # --- the plane ---
 
@@ -484,44 +512,39 @@ class Studio:
 
 
 def examples(folder: Path, pipeline: Pipeline) -> Pictures:
-    """Some real data of a model: the ``examples.npz`` beside it, or the first of each class of the data set that it
-    names; none where that cannot be opened."""
+    """Some real data of a model, and the pictures of them that it is shown: the ``examples.npz`` beside it, or the
+    first of each class of the data that its run, or the model, names; none where these cannot be opened."""
     spec = pipeline.spec
+    none = torch.zeros(0, *spec.shape if pipeline.beside is None else pipeline.beside.shape)
     file = folder / "examples.npz"
     try:
         if file.is_file():
             with np.load(file, allow_pickle=False) as both:
-                return Pictures(spec.to_model(both["values"]), [int(label) for label in both["labels"]])
-        data = open_dataset(str(pipeline.info["data"]))
-        if data.spec.original_shape != spec.original_shape or data.spec.dtype != spec.dtype:
-            return Pictures(torch.zeros(0, *spec.shape), [])
-        values, labels = data.read(np.arange(min(len(data), 500)))
+                return Pictures(spec.to_model(both["values"]), [int(label) for label in both["labels"]], none)
+        try:
+            data = data_of(folder.parent)
+        except UndiffuseError:
+            data = open_dataset(str(pipeline.info["data"]))
+        items = translated(pipeline, data, 500)
+        values, labels = items.read(np.arange(len(items)))
         places = list(range(min(len(values), 10)))
         if labels is not None:
             places = list(np.unique(labels, return_index=True)[1][:20])
         chosen = [None if labels is None or not spec.classes else int(labels[i]) for i in places]
-        return Pictures(spec.to_model(values[places]), chosen)
+        known = told(pipeline.denoiser.conditions, items, places)[1] if pipeline.beside is not None else {}
+        return Pictures(spec.to_model(values[places]), chosen, known.get("beside", none))
     except (UndiffuseError, OSError, KeyError, ValueError):
-        return Pictures(torch.zeros(0, *spec.shape), [])
+        return Pictures(torch.zeros(0, *spec.shape), [], none)
 
 
-def askable(pipeline: Pipeline) -> list[dict[str, Any]]:
-    """The conditions that a model can be asked for, and what a control for each must know."""
-    conditions = pipeline.denoiser.conditions
-    found: list[dict[str, Any]] = []
-    for name in () if conditions is None else conditions.asked:
-        match conditions.part(name):
-            case Classes() if name == "classes":
-                found.append({"name": name, "kind": "classes"})
-            case Written():
-                found.append({"name": name, "kind": "text"})
-            case Attributes() as part:
-                found.append({"name": name, "kind": "attributes", "sizes": part.sizes})
-            case Vector() as part:
-                found.append({"name": name, "kind": "vector", "size": part.size})
-            case _:
-                found.append({"name": name, "kind": "other"})
-    return found
+def thumbnails(spec: DataSpec, x: Tensor) -> np.ndarray:
+    """Pictures that a model is shown, uint8 ``[K, H, W, 4]``: transparent where nothing is known."""
+    seen = [np.broadcast_to(each[..., None] if each.ndim == 2 else each, (*each.shape[:2], 3))
+            for each in spec.to_images(x.nan_to_num())]  # fmt: skip
+    known = np.where(x.isnan().any(1).numpy(), 0, 255).astype(np.uint8)
+    return (
+        np.concatenate([np.stack(seen), known[..., None]], -1) if seen else np.zeros((0, *spec.shape[1:], 4), np.uint8)
+    )
 
 
 def described(studio: Studio) -> dict[str, Any]:
@@ -543,7 +566,7 @@ def described(studio: Studio) -> dict[str, Any]:
                 "shape": spec.shape,
                 "bounded": spec.bounded,
                 "classes": spec.classes if "classes" in pipeline.denoiser.null(1) else (),
-                "conditions": askable(pipeline),
+                "conditions": api.askable(pipeline),
                 "latent": pipeline.codec is not None,
                 "schedule": name_of(pipeline.config.schedule, SCHEDULES),
                 "solver": name_of(usual.solver, SOLVERS),
@@ -653,6 +676,39 @@ def routes(studio: Studio) -> APIRouter:
     async def add(request: Request) -> dict[str, int]:
         form = await read(request, Picture)
         return {"picture": await studio.compute(request, lambda check: studio.add(form, studio.service.limits))}
+
+    @router.post("/studio/beside")
+    async def beside(request: Request) -> Response:
+        form = await read(request, Beside)
+
+        def work(check: labs.Check) -> Response:
+            name, pipeline = studio.model(form.model)
+            spec, known = pipeline.beside, studio.pictures(name, pipeline).shown
+            pictures = {} if spec is None or not spec.has_pictures else {"pictures": thumbnails(spec, known)}
+            return pack({"count": 0 if spec is None else len(known)}, pictures)
+
+        return await studio.compute(request, work)
+
+    @router.post("/studio/beside/open")
+    async def show(request: Request) -> dict[str, int]:
+        form = await read(request, Picture)
+        return {"beside": await studio.compute(request, lambda check: studio.show(form))}
+
+    @router.post("/studio/beside/file")
+    async def kept(request: Request) -> Response:
+        """The picture as ``undiffuse sample --beside`` reads it."""
+        form = await read(request, Beside)
+
+        def work(check: labs.Check) -> Response:
+            name, pipeline = studio.model(form.model)
+            rows = studio.rows(name, pipeline, {"beside": [form.number]})["beside"]
+            if pipeline.beside is None:
+                raise UndiffuseError("this model is shown no pictures")
+            buffer = BytesIO()
+            np.save(buffer, write_shown(rows, pipeline.beside), allow_pickle=False)
+            return Response(buffer.getvalue(), media_type="application/octet-stream")
+
+        return await studio.compute(request, work)
 
     @router.post("/studio/trace")
     async def trace(request: Request) -> Response:
@@ -794,8 +850,8 @@ def routes(studio: Studio) -> APIRouter:
                 prompt if isinstance(prompt, str) else "",
                 seed=ask.seed,
                 number=form.number,
-                cond={name: rows for name, rows in form.base.cond.items() if name != text},
-                against=form.base.against if ask.sampling.guidance_scale != 1 else None,  # as in the strip
+                cond={name: rows for name, rows in (ask.cond or {}).items() if name != text},
+                against=ask.against if ask.sampling.guidance_scale != 1 else None,  # as in the strip
                 **vars(ask.sampling),
             )
             return pack({"words": told.words, "number": form.number}, {"x": told.x, "weights": told.weights})

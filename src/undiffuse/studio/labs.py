@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..conditions import Rows
+from ..conditions import LISTS, Rows
 from ..errors import UndiffuseError
 from ..inversion import invert
 from ..levels import Level, combine
@@ -249,7 +249,8 @@ def between(
     a, b, c, d = (Streams(seed, 1).draw(pipeline.shape) for seed in corners)
     across = [i / max(1, columns - 1) for i in range(columns)]
     top = [slerp(a, b, u) for u in across]
-    cond: dict[str, Any] = {name: given[:1] for name, given in (ask.cond or {}).items()}
+    said = (ask.cond or {}).items()
+    cond: dict[str, Any] = {name: given[:1] if isinstance(given, LISTS) else given for name, given in said}
     if "classes" in pipeline.denoiser.null(1):
         cond.setdefault("classes", [None])  # and not all in turn
     if down is None:

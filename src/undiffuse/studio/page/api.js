@@ -79,6 +79,14 @@ export const arrays = async (path, body, signal) => unpack(await (await request(
 /** @param {string} path @param {object} [body] @param {AbortSignal} [signal] @returns {Promise<any>} */
 export const json = async (path, body, signal) => (await request(path, body, signal)).json();
 
+/** The bytes of a file as text. @param {Blob} file */
+export async function base64(file) {
+  const bytes = new Uint8Array(await file.arrayBuffer());
+  let words = "";
+  for (let k = 0; k < bytes.length; k += 32768) words += String.fromCharCode(...bytes.subarray(k, k + 32768));
+  return btoa(words);
+}
+
 /** Run only the latest of many: a new call ends the one before, on the server too.
  *  @template T @param {(signal: AbortSignal, ...given: any[]) => Promise<T>} work @param {HTMLElement} stage
  *  @returns {(...given: any[]) => Promise<T | undefined>} */

@@ -1,5 +1,6 @@
 // The knobs: what each is called, what it does in one sentence, the formula it moves, and the chapter that says more.
 
+import * as api from "./api.js";
 import * as state from "./state.js";
 import { el, short } from "./view.js";
 
@@ -16,6 +17,9 @@ export const ABOUT = {
   negative: { label: "Negative prompt", words: "What guidance leads away from, in words; empty: from nothing in particular.", formula: "x̂₀ = u + s (c − u),  u = x̂₀(x, t, these words)", chapter: "guidance" },
   bprompt: { label: "Prompt from here on", words: "The branch keeps this x and asks for something else from here to the data.", formula: "x̂₀(x_t, t, words′)", chapter: "text" },
   prompts: { label: "Prompts downwards", words: "One a line: every row of the map is the same noises, asked for the next line.", formula: "x̂₀(x, t, words)", chapter: "text" },
+  attribute: { label: "Attribute", words: "One of the values that the model's data have; open leaves it to the model.", formula: "x̂₀(x, t, c)", chapter: "conditions" },
+  quantity: { label: "Quantity", words: "In the data's own units; quantities are asked for together, and empty leaves all of them open.", formula: "x̂₀(x, t, c)", chapter: "conditions" },
+  beside: { label: "Picture beside", words: "What the model is shown beside the noise, to complete: one made of real data, or your own of exactly this size.", formula: "x̂₀(x, t, picture)", chapter: "conditions" },
   number: { label: "Asked for", words: "Numbers that the model was trained with; empty leaves them open.", formula: "x̂₀(x, t, c)", chapter: "conditions" },
   against: { label: "Away from", words: "What guidance leads away from: nothing in particular, or a class that you do not want.", formula: "x̂₀ = u + s (c − u),  u = x̂₀(x, t, this)", chapter: "guidance" },
   steps: { label: "Steps", words: "Into how many steps the way from noise to data is cut.", formula: "1 = t₀ > t₁ > … > t_N = 0", chapter: "sampling" },
@@ -76,9 +80,11 @@ document.addEventListener("keydown", (event) => {
 });
 
 /** A knob with its name and its explanation. @param {string} key @param {HTMLElement} input @param {HTMLElement} [output] */
-const frame = (key, input, output) =>
-  el("div", { class: "knob" },
-    el("div", { class: "knob-head" }, el("label", { htmlFor: input.id }, ABOUT[key].label), output, why(key)), input);
+const frame = (key, input, output) => named(ABOUT[key].label, key, input, output);
+
+/** The same with a name of the model's own. @param {string} name @param {string} key @param {HTMLElement} input @param {HTMLElement} [output] */
+const named = (name, key, input, output) =>
+  el("div", { class: "knob" }, el("div", { class: "knob-head" }, el("label", { htmlFor: input.id }, name), output, why(key)), input);
 
 /** A slider. `values`: the numbers that it runs through, else from `min` to `max`.
  *  @param {string} key @param {number} usual @param {{min?: number, max?: number, step?: number, values?: number[],
@@ -176,13 +182,115 @@ function several(key, name, inputs, changed) {
   return el("div", { class: "knob" }, el("div", { class: "knob-head" }, el("span", {}, name), why("number")), el("div", { class: "several" }, ...inputs));
 }
 
+/** One of an attribute's values. @param {string} key @param {string} name @param {string[]} values @param {string} empty
+ *  @param {() => void} changed */
+function attribute(key, name, values, empty, changed) {
+  const input = el("select", { id: `knob-${key}` }, el("option", { value: "" }, empty), ...values.map((value) => el("option", { value }, value)));
+  input.value = values.includes(state.text(key)) ? state.text(key) : "";
+  input.addEventListener("change", () => {
+    state.set({ [key]: input.value });
+    changed();
+  });
+  return named(name, "attribute", input);
+}
+
+/** Quantities, which are asked for together: one that is filled in fills the others with their mean, one that is emptied empties them.
+ *  @param {string[]} keys @param {string[]} names @param {Condition[]} quantities @param {string} empty
+ *  @param {() => void} changed */
+function amounts(keys, names, quantities, empty, changed) {
+  const inputs = keys.map((key) => {
+    const input = el("input", { type: "number", step: "any", id: `knob-${key}`, placeholder: empty });
+    input.value = state.text(key);
+    return input;
+  });
+  inputs.forEach((input) => input.addEventListener("change", () => {
+    if (!input.validity.valid) return;
+    inputs.forEach((other, i) => {
+      if (input.value === "") other.value = "";
+      else if (other.value === "") other.value = String(Number((quantities[i].mean ?? 0).toPrecision(4)));
+      state.set({ [keys[i]]: other.value });
+    });
+    changed();
+  }));
+  return inputs.map((input, k) => named(names[k], "quantity", input));
+}
+
+/** A picture of those that the studio knows, or none. @param {Model} model @param {Condition} condition @param {() => void} changed */
+function picture(model, condition, changed) {
+  const key = "beside";
+  const canvas = el("canvas", { role: "img", class: "shown" });
+  const words = el("output", {});
+  let count = 0;
+  /** @type {import("./api.js").Message | undefined} */ let known;
+  const number = () => (state.text(key) === "" ? -1 : state.number(key, -1));
+  const draw = () => {
+    const k = number();
+    const there = k >= 0 && k < count && known?.arrays.pictures;
+    words.textContent = k < 0 ? "none" : `${k + 1} of ${count}`;
+    canvas.setAttribute("aria-label", k < 0 ? "No picture is shown to the model" : `Picture ${k + 1}, shown to the model`);
+    canvas.hidden = !there;
+    save.disabled = none.disabled = k < 0;
+    if (!there) return;
+    const [, height, width] = there.shape;
+    [canvas.width, canvas.height] = [width, height];
+    const size = 4 * width * height;
+    const pen = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
+    pen.putImageData(new ImageData(new Uint8ClampedArray(there.data.subarray(k * size, (k + 1) * size)), width, height), 0, 0);
+  };
+  const look = async () => {
+    known = await api.arrays("beside", { model: model.name });
+    count = known.count;
+    next.disabled = !count;
+    draw();
+  };
+  const trying = (/** @type {() => Promise<void>} */ work) => async () => {
+    try {
+      await work();
+    } catch (error) {
+      api.complain(api.sentence(/** @type {Error} */ (error).message));
+    }
+  };
+  const choose = (/** @type {number | null} */ k) => {
+    state.set({ [key]: k });
+    draw();
+    changed();
+  };
+  const next = el("button", { type: "button", id: "next-beside", onclick: () => choose((number() + 1) % count) }, "Next");
+  const none = el("button", { type: "button", onclick: () => choose(null) }, "None");
+  const save = el("button", { type: "button", onclick: trying(async () => {
+    const file = await (await api.request("beside/file", { model: model.name, number: number() })).blob();
+    const link = el("a", { href: URL.createObjectURL(file), download: besideFile(number()) });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+  }) }, "Save .npy");
+  const file = el("input", { type: "file", accept: "image/*,.npy", id: "knob-beside", class: "hidden", "aria-label": "A picture to show the model" });
+  file.addEventListener("change", trying(async () => {
+    if (!file.files?.[0]) return;
+    const { beside } = await api.json("beside/open", { model: model.name, data: await api.base64(file.files[0]) });
+    file.value = "";
+    await look();
+    choose(beside);
+  }));
+  trying(look)();
+  draw();
+  const size = condition.size ?? (condition.shape ?? []).join(" × ");
+  return el("div", { class: "knob" },
+    el("div", { class: "knob-head" }, el("span", {}, `Picture beside, ${size}`), words, why("beside")), canvas,
+    el("div", { class: "row" }, next, el("button", { type: "button", onclick: () => file.click() }, "Your own …"), none, save, file),
+    ...(condition.made === "holes" ? [el("p", { class: "quiet" }, "What is transparent, or NaN in a .npy, is filled in.")] : []));
+}
+
+/** What a saved picture is called. @param {unknown} number */
+const besideFile = (number) => `beside-${number}.npy`;
+
 /** @param {string[]} names @returns {[string, string][]} */
 export const plainly = (names) => names.map((name) => [name, name.replaceAll("_", " ")]);
 
 // --- what several labs share ------------------------------------------------------------------------------------------
 
-/** @typedef {{name: string, kind: "classes" | "text" | "attributes" | "vector" | "other", sizes?: number[], size?: number}} Condition */
-/** @typedef {string | number | null | (number | null)[]} Row */
+/** @typedef {{name: string, kind: "classes" | "text" | "attribute" | "number" | "attributes" | "vector" | "picture" | "array",
+ *  values?: string[], mean?: number, sizes?: number[], size?: number | string | null, shape?: number[], made?: string | null}} Condition */
+/** @typedef {string | number | null | (number | string | null)[]} Row */
 /** @typedef {Record<string, Row[]>} Given */
 /** @typedef {{name: string, path: string, kind: string, shape: number[], bounded: boolean, classes: string[], conditions: Condition[],
  *  latent: boolean, schedule: string | null,
@@ -212,10 +320,16 @@ export function asking(model, role) {
   /** @type {Given} */
   const given = {};
   for (const condition of model.conditions) {
+    if (condition.kind === "picture") {
+      if ((role === "cond" || role === "walk") && state.text("beside") !== "") given[condition.name] = [state.number("beside", 0)];
+      continue;
+    }
     const chosen = state.text(keyOf(role, condition));
     if (chosen === "") continue;
+    if (condition.kind === "attribute" && !condition.values?.includes(chosen)) continue;
     if (condition.kind === "classes" && chosen !== "none" && !(chosen in model.classes)) continue; // nor does the knob show it
-    if (condition.kind === "text") given[condition.name] = [chosen];
+    if (condition.kind === "text" || condition.kind === "attribute") given[condition.name] = [chosen];
+    else if (condition.kind === "number") given[condition.name] = [Number(chosen)];
     else if (condition.kind === "classes") given[condition.name] = [chosen === "none" ? null : Number(chosen)];
     else given[condition.name] = [chosen.split(",").map((part) => (part === "" ? null : Number(part)))];
   }
@@ -227,6 +341,9 @@ export function asking(model, role) {
 export function conditionKnobs(model, role, changed, usual = "") {
   const open = { cond: "all in turn", against: "nothing in particular", branch: "as before", walk: "" }[role];
   const name = (/** @type {Condition} */ c) => ({ cond: c.name, walk: c.name, against: `Away from: ${c.name}`, branch: `${c.name} from here on` })[role];
+  const empty = role === "branch" ? "as before" : "open";
+  const quantities = model.conditions.filter((each) => each.kind === "number");
+  const boxes = amounts(quantities.map((each) => keyOf(role, each)), quantities.map(name), quantities, empty, changed);
   return model.conditions.map((condition) => {
     const key = keyOf(role, condition);
     switch (condition.kind) {
@@ -235,9 +352,12 @@ export function conditionKnobs(model, role, changed, usual = "") {
         return choice(key, usual, role === "against" ? choices.filter(([value]) => value !== "none") : choices, changed);
       }
       case "text": return written(key, role === "branch" ? "as before" : "", changed);
+      case "attribute": return attribute(key, name(condition), condition.values ?? [], empty, changed);
+      case "number": return boxes[quantities.indexOf(condition)];
+      case "picture": return role === "cond" || role === "walk" ? picture(model, condition, changed) : null;
       case "attributes": return several(key, name(condition), (condition.sizes ?? []).map((size) => el("select", {},
         el("option", { value: "" }, "open"), ...Array.from({ length: size }, (_, i) => el("option", { value: String(i) }, String(i))))), changed);
-      case "vector": return several(key, name(condition), Array.from({ length: Math.min(16, condition.size ?? 0) }, () =>
+      case "vector": return several(key, name(condition), Array.from({ length: Math.min(16, Number(condition.size ?? 0)) }, () =>
         el("input", { type: "number", step: "any", placeholder: "open" })), changed);
       default: return role === "cond" ? el("p", { class: "none" }, `${condition.name} can be asked for from Python; here it is left open.`) : null;
     }
@@ -288,6 +408,13 @@ export const quoted = (words) => (/^[\w./:=,@%+-]+$/.test(words) ? words : `'${w
 export const python = (value) => (value === null || value === undefined ? "None" : Array.isArray(value) ? `[${value.map(python).join(", ")}]`
   : typeof value === "object" ? `{${Object.entries(value).map(([key, each]) => `${JSON.stringify(key)}: ${python(each)}`).join(", ")}}` : JSON.stringify(value));
 
+/** Conditions as Python writes them; a picture by the file that it is saved as. @param {Model} model @param {Given} cond */
+export const mapping = (model, cond) => `{${Object.entries(cond).map(([name, rows]) => `${JSON.stringify(name)}: ${model.conditions.some((each) =>
+  each.name === name && each.kind === "picture") ? `read_shown("${besideFile(rows[0])}", pipeline.beside, holes=pipeline.fills_holes)` : python(rows)}`).join(", ")}}`;
+
+/** What :func:`mapping` needs. @param {Model} model @param {Given} cond */
+export const imports = (model, cond) => (model.conditions.some((each) => each.kind === "picture" && cond[each.name]) ? ["from undiffuse.data.shown import read_shown"] : []);
+
 /** What is asked for, as arguments of Pipeline.sample. @param {Model} model @param {Given} [cond] @param {Given} [against] */
 function pythonic(model, cond = {}, against = {}) {
   const text = (/** @type {string} */ name) => model.conditions.some((each) => each.name === name && each.kind === "text");
@@ -296,7 +423,7 @@ function pythonic(model, cond = {}, against = {}) {
   const [others, away] = [rest(cond, "classes"), rest(against, "")];
   return [
     ...(cond.classes ? [`classes=${python(cond.classes)}`] : []), ...(words(cond) ? [`prompts=${python(words(cond))}`] : []),
-    ...(Object.keys(others).length ? [`cond=${python(others)}`] : []),
+    ...(Object.keys(others).length ? [`cond=${mapping(model, others)}`] : []),
     ...(words(against) ? [`negative_prompt=${python(words(against)?.[0])}`] : []), ...(Object.keys(away).length ? [`against=${python(away)}`] : []),
   ];
 }
@@ -307,9 +434,10 @@ export function snippets(world, ask) {
   /** @type {[Given, Given]} */
   const [cond, against] = [ask.cond ?? {}, ask.against ?? {}];
   const kinds = Object.fromEntries(model.conditions.map((each) => [each.name, each.kind]));
+  const shown = Object.keys(cond).find((name) => kinds[name] === "picture");
   const interval = ask.low || ask.high ? [ask.low ?? 0, ask.high ?? 1e9] : null;
   const code = [
-    "import undiffuse", "", `pipeline = undiffuse.Pipeline.load(${JSON.stringify(model.path)})`, "x = pipeline.sample(",
+    "import undiffuse", ...imports(model, cond), "", `pipeline = undiffuse.Pipeline.load(${JSON.stringify(model.path)})`, "x = pipeline.sample(",
     `    ${ask.n}, seed=${ask.seed}, steps=${ask.steps},`, ...pythonic(model, cond, against).map((each) => `    ${each},`),
     ...(ask.solver ? [`    solver="${ask.solver}",`] : []), ...(ask.grid ? [`    grid="${ask.grid}",`] : []),
     ...(ask.scale !== undefined ? [`    guidance_scale=${ask.scale},`] : []), ...(interval ? [`    guidance_interval=(${interval.join(", ")}),`] : []), ")",
@@ -321,22 +449,23 @@ export function snippets(world, ask) {
     : Array.isArray(row) ? row.map((part) => part ?? "none").join(",") : String(row));
   const option = (/** @type {string} */ name, /** @type {string} */ value) => `--${name}${value.startsWith("-") ? "=" : " "}${quoted(value)}`;
   const options = (/** @type {Given} */ given, /** @type {Record<string, string>} */ own, /** @type {string} */ other) => Object.entries(given).map(([name, [row]]) =>
-    own[kinds[name]] ? option(own[kinds[name]], said(name, row)) : option(other, `${name}=${said(name, row)}`));
+    name === shown ? `--beside ${besideFile(row)}` : own[kinds[name]] ? option(own[kinds[name]], said(name, row)) : option(other, `${name}=${said(name, row)}`));
   const command = ["undiffuse sample", quoted(model.path), `-n ${ask.n} --seed ${ask.seed} --steps ${ask.steps}`,
     ...options(cond, { classes: "classes", text: "prompt" }, "cond"), ...options(against, { text: "negative-prompt" }, "against"),
     ask.solver && `--solver ${ask.solver}`, ask.grid && `--grid ${ask.grid}`,
     ask.scale !== undefined && `--guidance-scale ${ask.scale}`, interval && `--set guidance_interval=${interval.join(",")}`].filter(Boolean).join(" ");
 
-  const rows = (/** @type {Given} */ given) => Object.entries(given).map(([name, [row]]) => /** @type {[string, Row]} */ ([name, row]));
-  const [wanted, away] = [rows(cond), rows(against)];
+  const [prompts, plain] = [Object.keys(cond), Object.keys(against)].map((names) => names.find((name) => kinds[name] === "text"));
+  const others = (/** @type {Given} */ given) => Object.entries(given).filter(([name]) => kinds[name] !== "text" && name !== shown);
   const body = {
     model: model.name, n: ask.n, seed: ask.seed, num_inference_steps: ask.steps,
-    ...Object.fromEntries(wanted.map(([name, row]) => (kinds[name] === "text" ? ["prompt", row] : ["class_labels", row]))),
-    ...(away.length ? { negative_prompt: said(...away[0]) } : {}),
+    ...(prompts ? { prompt: cond[prompts][0] } : {}), ...(plain ? { negative_prompt: against[plain][0] } : {}),
+    ...(others(cond).length ? { cond: Object.fromEntries(others(cond)) } : {}), ...(others(against).length ? { against: Object.fromEntries(others(against)) } : {}),
     ...(ask.solver ? { solver: ask.solver } : {}), ...(ask.grid ? { grid: ask.grid } : {}), ...(ask.scale !== undefined ? { guidance_scale: ask.scale } : {}),
+    ...(shown ? { beside: "BESIDE" } : {}),
   };
-  const curl = `curl ${location.origin}/v1/samples -H 'Content-Type: application/json' \\\n  -d ${quoted(JSON.stringify(body))} -o samples.npy`;
-  // Its form has one field for what is asked, and none for the interval.
-  const plain = [...wanted, ...away].every(([name, row]) => row !== null && ["classes", "text"].includes(kinds[name])) && wanted.length < 2 && away.length < 2;
-  return { Python: code, "Command line": command, ...(interval || !plain ? {} : { curl }) };
+  // The picture is read when the command runs, by the shell; the server's form has no field for the interval.
+  const data = quoted(JSON.stringify(body)).replace('"beside":"BESIDE"', `"beside":"'"$(base64 < ${besideFile(shown && cond[shown][0])} | tr -d '\\n')"'"`);
+  const curl = `curl ${location.origin}/v1/samples -H 'Content-Type: application/json' \\\n  -d ${data} -o samples.npy`;
+  return { Python: code, "Command line": command, ...(interval ? {} : { curl }) };
 }

@@ -243,10 +243,7 @@ export default {
       const file = upload.files?.[0];
       if (!file) return;
       try {
-        const bytes = new Uint8Array(await file.arrayBuffer());
-        let words = "";
-        for (let k = 0; k < bytes.length; k += 32768) words += String.fromCharCode(...bytes.subarray(k, k + 32768));
-        const { picture } = await api.json("picture", { model: model.name, data: btoa(words) });
+        const { picture } = await api.json("picture", { model: model.name, data: await api.base64(file) });
         pictures = undefined;
         state.set({ picture });
         again();

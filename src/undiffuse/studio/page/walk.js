@@ -1,7 +1,7 @@
 // Lab 6: what lies between noises. Great circles keep noise noise; a straight line would pass through something quieter.
 
 import * as api from "./api.js";
-import { asked, asking, choice, conditionKnobs, modelOf, python, shared, slider, why, written } from "./controls.js";
+import { asked, asking, choice, conditionKnobs, imports, mapping, modelOf, python, shared, slider, why, written } from "./controls.js";
 import * as state from "./state.js";
 import { aspect, canvases, draw, el, item, reach, short, sizeOf, together } from "./view.js";
 
@@ -126,12 +126,12 @@ export default {
     const code = () => {
       const { base, corners: [a, b] } = ask();
       const { cond = {}, against = {} } = base;
-      return ["import torch", "import undiffuse", "from undiffuse import Streams, slerp", "from undiffuse.sampling import start, trajectory", "",
+      return ["import torch", "import undiffuse", "from undiffuse import Streams, slerp", "from undiffuse.sampling import start, trajectory", ...imports(model, cond), "",
         `pipeline = undiffuse.Pipeline.load(${JSON.stringify(model.path)})`,
         `sampling = pipeline.settings(steps=${base.steps}${base.scale === undefined ? "" : `, guidance_scale=${base.scale}`})`,
         `a, b = (Streams(seed, 1).draw(pipeline.shape) for seed in (${a}, ${b}))`,
         `noise = torch.cat([slerp(a, b, u) for u in torch.linspace(0, 1, ${ACROSS}).tolist()])`,
-        `cond = pipeline.conditions(range(${ACROSS}), None, cond=${python(cond)})`,
+        `cond = pipeline.conditions(range(${ACROSS}), None, cond=${mapping(model, cond)})`,
         ...(Object.keys(against).length ? [`against = pipeline.against(${ACROSS}, cond=${python(against)})`] : []),
         `levels = sampling.grid.levels(pipeline.config.schedule, sampling.steps)`,
         `frames = trajectory(pipeline.denoise(cond, sampling${Object.keys(against).length ? ", against=against" : ""}), start(levels[0], noise), levels, sampling.solver, Streams(0, ${ACROSS}))`,
