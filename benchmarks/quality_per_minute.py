@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _reference import reference_network
 
 from undiffuse import Pipeline, open_dataset
 from undiffuse.config import override
@@ -154,20 +155,10 @@ def spent(budget: Budget, images: int) -> dict[str, float]:
 def train_reference(data: Dataset, seconds: float, seed: int) -> tuple[Any, dict[str, float]]:
     """diffusers' network with its averaged weights."""
     from diffusers import DDPMScheduler
-    from diffusers.models.unets.unet_2d import UNet2DModel
     from diffusers.training_utils import EMAModel
 
     torch.manual_seed(seed)
-    network = UNet2DModel(
-        sample_size=28,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(16, 32, 64),
-        layers_per_block=2,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    )
+    network = reference_network()
     schedule: Any = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon")
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.01)
     average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)

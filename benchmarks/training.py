@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from _reference import reference_network
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -54,25 +55,11 @@ def ours() -> Contestant:
 def theirs() -> Contestant:
     """diffusers' U-Net."""
     try:
-        from diffusers.models.unets.unet_2d import UNet2DModel
+        network = reference_network()
     except ImportError:
         sys.exit("this benchmark compares with diffusers: pip install diffusers")
-
-    def make() -> UNet2DModel:
-        return UNet2DModel(
-            sample_size=28,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(16, 32, 64),
-            layers_per_block=2,
-            norm_num_groups=8,
-            down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        )
-
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        make()(torch.zeros(1, *SHAPE), torch.zeros(1))
-    network = make()
+        reference_network()(torch.zeros(1, *SHAPE), torch.zeros(1))
     return Contestant(
         "diffusers UNet2DModel", network, lambda x, label: network(x, label).sample, counter.get_total_flops()
     )

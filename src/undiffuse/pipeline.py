@@ -632,7 +632,7 @@ class Pipeline:
         if is_foreign(path):
             from .interop.diffusers.load import load
 
-            return load(path, device, dtype=dtype, variant=variant, config=config, download=download, offload=offload)
+            return load(path, device, dtype, variant, config, download, offload)
         if variant or config or download or offload:
             raise UndiffuseError(f"{path}: variant, config, download and offload are for diffusers' folders")
         folder = find_pipeline(path)

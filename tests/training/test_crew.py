@@ -220,6 +220,7 @@ class Pretended:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(time, "thread_time", time.perf_counter)  # a machine of our own
     return tmp_path / "cache" / "speed"
 
 
@@ -250,6 +251,19 @@ def test_a_team_that_pays_stays_and_any_other_is_dismissed(
     again = Pretended()  # known: none is started in vain
     assert tried(9, monkeypatch, again) == said
     assert again.teams == ([2] if stays else [])
+
+
+def test_a_team_that_was_tried_among_others_is_tried_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, two_threads: None
+) -> None:
+    with monkeypatch.context() as busy:
+        busy.setattr(time, "thread_time", lambda: time.perf_counter() / 2)
+        said = tried(0.6, busy, Pretended())
+    assert said.startswith("2 processes: ")
+    assert said.endswith("(others held the cores, so this is measured again the next time)")
+    assert not cache.exists()
+    assert "others held" not in tried(0.6, monkeypatch, Pretended())
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_nothing_is_started_for_short_runs_one_thread_or_where_it_is_decided(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from undiffuse.training.speed import Trial, as_before, choose, plain, settle
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("UNDIFFUSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(time, "thread_time", time.perf_counter)  # a machine of our own
     return tmp_path / "cache" / "speed"
 
 
@@ -133,6 +135,28 @@ def test_a_trial_is_made_once_for_a_model_and_batch(
     other = replace(asked, training=replace(asked.training, batch_size=8))
     choose(dataset, other)
     assert len(list(cache.iterdir())) == 2
+
+
+def half_a_core() -> float:
+    """The time that a thread has computed where others hold the cores."""
+    return time.perf_counter() / 2
+
+
+def test_a_trial_among_others_is_said_and_not_kept(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, compiler: list[Any]
+) -> None:
+    timed(monkeypatch, half=0.5, compiled=2)
+    dataset, asked = images()
+    with monkeypatch.context() as busy:
+        busy.setattr(time, "thread_time", half_a_core)
+        chosen, why = choose(dataset, asked)
+    assert ways(chosen) == ("bf16", "never")
+    assert why.endswith("(others held the cores, so this is measured again the next time)")
+    assert not cache.exists()
+    again, why = choose(dataset, asked)
+    assert again == chosen
+    assert "others" not in why
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_short_runs_and_settings_that_are_given_are_not_tried(

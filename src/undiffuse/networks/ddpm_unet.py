@@ -224,20 +224,7 @@ class DDPMUNet(Network):
         dropout: float = 0.0,
         token_width: int = 0,
     ) -> None:
-        super().__init__(in_channels, out_channels, 2, condition_width, token_width)
-        self.config = {
-            "in_channels": in_channels,
-            "out_channels": self.out_channels,
-            "widths": list(widths),
-            "blocks": blocks,
-            "attention": list(attention),
-            "head_width": head_width,
-            "embedding": embedding,
-            "condition_width": condition_width,
-            "groups": groups,
-            "dropout": dropout,
-            "token_width": token_width,
-        }
+        super().__init__(locals(), rank=2)
         check_sizes(blocks=blocks, head_width=head_width, embedding=embedding, groups=groups)
         check_levels(2, widths, [blocks] * len(widths), attention, dropout, token_width)
         if any(width % groups for width in widths):

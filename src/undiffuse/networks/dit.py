@@ -294,26 +294,7 @@ class DiT(Network):
         factorised: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(in_channels, out_channels, rank, condition_width, token_width)
-        self.config = {
-            "in_channels": in_channels,
-            "out_channels": self.out_channels,
-            "rank": rank,
-            "patch": patch if isinstance(patch, int) else list(patch),
-            "widths": list(widths),
-            "blocks": list(blocks),
-            "head_width": head_width,
-            "mlp": mlp,
-            "embedding": embedding,
-            "condition_width": condition_width,
-            "token_width": token_width,
-            "token_attention": token_attention,
-            "positions": positions,
-            "qk_norm": qk_norm,
-            "skips": skips,
-            "factorised": factorised,
-            "dropout": dropout,
-        }
+        super().__init__(locals())
         self.patch = (patch,) * rank if isinstance(patch, int) else tuple(patch)
         check_sizes(head_width=head_width, embedding=embedding)
         for name, values in (("patch", self.patch), ("widths", widths), ("blocks", blocks)):

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,19 +34,28 @@ class Network(nn.Module, ABC):
         token_width: numbers in a token, 0 for a network that takes none.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int | None, rank: int, condition_width: int, token_width: int
-    ) -> None:
+    def __init__(self, given: Mapping[str, Any], rank: int | None = None) -> None:
+        """
+        Args:
+            given: the arguments of the author's constructor: ``locals()``, in its first line.
+            rank: where it is none of them.
+        """
         super().__init__()
-        self.config: dict[str, object] = {}
-        self.in_channels = in_channels
-        self.out_channels = in_channels if out_channels is None else out_channels
-        self.rank = rank
-        self.condition_width = condition_width
-        self.token_width = token_width
-        check_sizes(in_channels=in_channels, out_channels=self.out_channels)
-        for name, width in (("condition_width", condition_width), ("token_width", token_width)):
-            if width:
+        self.config: dict[str, Any] = {
+            name: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+            for name, value in given.items()
+            if name not in ("self", "__class__")
+        }
+        if self.config["out_channels"] is None:
+            self.config["out_channels"] = self.config["in_channels"]
+        self.in_channels: int = self.config["in_channels"]
+        self.out_channels: int = self.config["out_channels"]
+        self.rank: int = self.config["rank"] if rank is None else rank
+        self.condition_width: int = self.config["condition_width"]
+        self.token_width: int = self.config.get("token_width", 0)
+        check_sizes(in_channels=self.in_channels, out_channels=self.out_channels)
+        for name in ("condition_width", "token_width"):
+            if width := self.config.get(name, 0):
                 check_sizes(**{name: width})
 
     @property

@@ -59,18 +59,8 @@ class MLP(Network):
         condition_width: int = 0,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(in_channels, out_channels, 0, condition_width, 0)
+        super().__init__(locals(), rank=0)
         out_channels = self.out_channels
-        self.config = {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "width": width,
-            "blocks": blocks,
-            "octaves": octaves,
-            "embedding": embedding,
-            "condition_width": condition_width,
-            "dropout": dropout,
-        }
         check_sizes(width=width, blocks=blocks, embedding=embedding)
         if width < 4:
             raise UndiffuseError(f"width={width!r} must be at least 4, the smallest group of group norm")

@@ -101,23 +101,8 @@ class UNet(Network):
         token_width: int = 0,
         coordinates: bool = False,
     ) -> None:
-        super().__init__(in_channels, out_channels, rank, condition_width, token_width)
+        super().__init__(locals())
         out_channels = self.out_channels
-        self.config = {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "rank": rank,
-            "widths": list(widths),
-            "blocks": list(blocks),
-            "attention": list(attention),
-            "head_width": head_width,
-            "embedding": embedding,
-            "condition_width": condition_width,
-            "fold": fold,
-            "dropout": dropout,
-            "token_width": token_width,
-            "coordinates": coordinates,
-        }
         check_sizes(head_width=head_width, embedding=embedding, fold=fold)
         check_levels(rank, widths, blocks, attention, dropout, token_width)
         self.fold = (fold,) * rank

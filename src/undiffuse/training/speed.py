@@ -47,6 +47,10 @@ ROUNDS = 7
 LEAST_GAIN = 0.05
 """A way that saves less of the time is not worth being another one."""
 
+OWN_SHARE = 0.8
+"""Of the time that passes in a trial on a CPU, this thread must have had a core for as much; or other processes have
+held the cores, and what was measured is not kept for later runs."""
+
 SETTINGS = ("precision", "compile")
 """The fields of :class:`.Training` that ``auto`` leaves to this chapter."""
 
@@ -61,6 +65,7 @@ class Trial:
         compiled: the time of a compiled update as a share of one that is not, in the precision chosen; None: not tried.
         compiling: seconds that compiling took.
         failed: why compiling did not work, in one line.
+        disturbed: whether other processes held the cores.
     """
 
     seconds: float
@@ -68,6 +73,7 @@ class Trial:
     compiled: float | None = None
     compiling: float = 0.0
     failed: str = ""
+    disturbed: bool = False
 
     @property
     def half(self) -> bool:
@@ -94,10 +100,12 @@ class TeamTrial:
     Attributes:
         seconds: an update by one process with all threads.
         share: the time of an update by the team as a share of that.
+        disturbed: whether other processes held the cores.
     """
 
     seconds: float
     share: float
+    disturbed: bool = False
 
     @property
     def pays(self) -> bool:
@@ -199,7 +207,11 @@ def explain(trial: Trial, seconds: float) -> str:
     ways = [] if trial.bf16 is None else ["bf16" if trial.half else "float32"]
     if trial.compiled is not None or trial.failed:
         ways.append("compiled" if trial.compiles(seconds) else "not compiled")
-    return f"{', '.join(ways)}: {'; '.join(said)}" if said else ""
+    return f"{', '.join(ways)}: {'; '.join(said)}{_noted(trial)}" if said else ""
+
+
+def _noted(trial: Trial | TeamTrial) -> str:
+    return " (others held the cores, so this is measured again the next time)" if trial.disturbed else ""
 
 
 def may_compile(device: torch.device) -> bool:
@@ -242,12 +254,15 @@ def _trial(
         return known
     trial = Trial(seconds)
     # Points are two or three numbers, of which bfloat16 keeps 8 bits each: that blurs them.
+    clock = Clock()
     if training.precision == "auto" and has_bf16(device) and dataset.spec.kind != "points":
-        ratio, seconds = _ratio(trainer, lambda: _half(trainer), rounds)
+        with clock:
+            ratio, seconds = _ratio(trainer, lambda: _half(trainer), rounds)
         trial = replace(trial, bf16=ratio, seconds=seconds)
         trainer.half = trial.half
     if training.compile == "auto":
         trial = _try_compiling(trainer, trial, rounds)
+    trial = replace(trial, disturbed=device.type == "cpu" and clock.disturbed)
     _keep(file, trial)
     return trial
 
@@ -299,6 +314,26 @@ def _engine(trainer: Trainer, engine: Any) -> Iterator[None]:
         trainer.engine = before
 
 
+class Clock:
+    """The time that has passed inside ``with``, and how much of it this thread has computed."""
+
+    def __init__(self) -> None:
+        self.passed = self.own = 0.0
+
+    def __enter__(self) -> None:
+        self.passed -= time.perf_counter()
+        self.own -= time.thread_time()
+
+    def __exit__(self, *what: object) -> None:
+        self.passed += time.perf_counter()
+        self.own += time.thread_time()
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether others held the cores."""
+        return self.own < OWN_SHARE * self.passed
+
+
 def _timed(trainer: Trainer) -> float:
     begun = time.perf_counter()
     float(trainer.update().loss)  # waits for the device
@@ -330,6 +365,9 @@ def _processor() -> str:
 
 
 def _keep(file: Any, trial: Trial | TeamTrial) -> None:
+    """For later runs, unless it was disturbed."""
+    if trial.disturbed:
+        return
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(file, asdict(trial))
@@ -426,17 +464,21 @@ def choose_team(
     assert known is not None
     way = f"{size} processes" if known.pays else "one process"
     each = f"{size} processes that share the {threads} threads"
-    return f"{way}: an update by {each} takes {known.share:.0%} of the time of one by one"
+    return f"{way}: an update by {each} takes {known.share:.0%} of the time of one by one{_noted(known)}"
 
 
 def _together(alone: Trainer, team: Trainer, threads: int, rounds: int) -> TeamTrial:
+    clock = Clock()  # of the updates by one process: in a team's own, processes wait for each other
+
     def usual() -> float:
         torch.set_num_threads(threads)
         try:
-            return _timed(alone)
+            with clock:
+                return _timed(alone)
         finally:
             torch.set_num_threads(max(1, threads // team.team.size))
 
     usual(), _timed(team), _timed(team)
     pairs = [(usual(), _timed(team)) for _ in range(rounds)]
-    return TeamTrial(median(here for here, _ in pairs), median(there / here for here, there in pairs))
+    ratio = median(there / here for here, there in pairs)
+    return TeamTrial(median(here for here, _ in pairs), ratio, clock.disturbed)

@@ -34,15 +34,14 @@ LARGEST = 16_384
 
 def load(
     path: str | Path,
-    device: str | torch.device = "cpu",
-    *,
-    dtype: torch.dtype | None = None,
-    variant: str | None = None,
-    config: str | Path | None = None,
-    download: bool = False,
-    offload: bool = False,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    variant: str | None,
+    config: str | Path | None,
+    download: bool,
+    offload: bool,
 ) -> Pipeline:
-    """The pipeline in a folder of diffusers; the arguments are those of :meth:`.Pipeline.load`."""
+    """:meth:`.Pipeline.load` of a folder of diffusers."""
     if Path(path).is_file() and Path(path).suffix.lower() in PICKLES:  # before anything is imported for it
         raise UndiffuseError(f"{path}: a pickle, which can run code, and is not opened; fetch it as .safetensors")
     try:
