@@ -28,6 +28,8 @@ FOLDER = ROOT / "docs" / "images"
 PROMPT = "a small red circle left of a large blue square"
 WORDS = Path("runs/shapes/model")
 """Of `undiffuse train shapes --recipe text`, which takes longer than all pictures: without it that one stays."""
+ENLARGE = Path("runs/enlarge/model")
+"""Of `undiffuse train digits --steps 300 --set model.beside=smaller --set model.beside.factor=2 --out runs/enlarge`."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ SHOTS = {
         hover="[aria-label='The words of the prompt'] button:nth-child(3)",
         model=WORDS,
     ),
+    "studio_beside": Shot("time?t=0&beside=3&scale=1.25&seed=7&i=2", height=760, model=ENLARGE),
     "studio_plane": Shot(
         "plane?cloud=moons&pt=0.25&updates=1500",
         height=830,
@@ -119,7 +122,7 @@ def main(names: list[str]) -> None:
             if not model.is_dir():
                 print(f"there is no {model}: its pictures stay as they are")
                 continue
-            with running({model.parent.name if model == WORDS else "digits": model}, runs=runs) as server:
+            with running({model.parent.name if model != MODEL else "digits": model}, runs=runs) as server:
                 page = browser.new_context(device_scale_factor=1.25).new_page()
                 page.set_default_timeout(120_000)
                 page.goto(server.link)

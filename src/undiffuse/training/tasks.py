@@ -43,7 +43,10 @@ ITEMS = 8
 """Real items of which previews ask for the conditions."""
 
 
-NO_LATENTS = "model.beside is a picture made of the data, and these are latents: train without a codec"
+NO_LATENTS = (
+    "model.beside is a picture made of the data, and these are latents, which have other units and places: train "
+    "without a codec (--set model.network.fold=2 makes large pictures cheaper)"
+)
 
 
 class Product(Protocol):

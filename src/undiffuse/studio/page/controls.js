@@ -339,7 +339,7 @@ export function asking(model, role) {
 /** The knobs of :func:`asking`. @param {Model} model @param {Role} role @param {() => void} changed
  *  @param {string} [usual] the class unless another is chosen */
 export function conditionKnobs(model, role, changed, usual = "") {
-  const open = { cond: "all in turn", against: "nothing in particular", branch: "as before", walk: "" }[role];
+  const open = { cond: model.conditions.length > 1 ? "all in turn; open if more is asked" : "all in turn", against: "nothing in particular", branch: "as before", walk: "" }[role];
   const name = (/** @type {Condition} */ c) => ({ cond: c.name, walk: c.name, against: `Away from: ${c.name}`, branch: `${c.name} from here on` })[role];
   const empty = role === "branch" ? "as before" : "open";
   const quantities = model.conditions.filter((each) => each.kind === "number");
