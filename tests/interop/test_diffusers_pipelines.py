@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from undiffuse import Level, Pipeline, Streams
+from undiffuse import Level, Pipeline, Streams, UndiffuseError
 
 pytest.importorskip("diffusers", reason="diffusers is read here, and is the oracle")
 pytest.importorskip("transformers", reason="diffusers' pipelines read texts with transformers")
@@ -616,6 +616,24 @@ def test_half_precision_is_that_of_the_weights_alone(tmp_path: Path, name: str) 
     assert b.dtype == torch.float32
     assert 0 < float((a - b).abs().mean()) < 0.1 * float(a.abs().mean())
     assert np.isfinite(half.sample(1, prompts=prompts, steps=2)).all()
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_a_compiled_network_of_theirs_says_the_same(tmp_path: Path, name: str) -> None:
+    """Traced by torch's compiler, whatever their code does on the way, and the decoder too."""
+    EVERY[name]().save_pretrained(tmp_path)
+    ours = small(Pipeline.load(tmp_path))
+    fast = ours.compiled("eager")
+    asked: dict[str, Any] = {"prompts": PROMPTS[:2], "sampling": ours.settings(steps=3)}
+    assert torch.equal(fast.draw(2, **asked), ours.draw(2, **asked))
+    assert fast.arithmetic["compiled"]
+    resized = fast.resized(16, 16)
+    assert resized.fast is not None
+    assert ours.resized(16, 16).fast is None
+    assert ours.home is not None
+    ours.home.device = torch.device("cpu")  # as with offload
+    with pytest.raises(UndiffuseError, match="stays where it is: leave out offload"):
+        ours.compiled()
 
 
 def finite(ours: Pipeline, solver: str, steps: int) -> None:
