@@ -212,8 +212,10 @@ def write_samples(
         pictures = []
         if not team.first:
             return
-        for frame in pipeline.frames(samples, seed=seed, sampling=sampling, rows=rows, classes=classes, **asked):
-            pictures.append(grid(spec, pipeline.decode(frame.x).cpu(), columns))
+        begun = pipeline.begin(samples, seed=seed, sampling=sampling, classes=classes, **asked)
+        for frame in pipeline.walk(begun, rows):
+            x = pipeline.end(begun, frame.x) if frame.level.is_data else pipeline.decode(frame.x).cpu()
+            pictures.append(grid(spec, x, columns))
             if progress is not None:
                 progress(frame.index, sampling.steps)
         write_animation(target, pictures)

@@ -918,8 +918,7 @@ class Pipeline:
         seen = {name: rows.expand(len(numbers), *rows.shape[1:]) for name, rows in seen.items()}
         asked = {**(cond or {}), **{name: [None] for name in seen}}  # so that no class is asked for unless it is named
         told = {**self.conditions(numbers, classes, prompts, asked, sampling.reading), **seen}
-        if kept is None and self.fills_holes:
-            kept = told["beside"].nan_to_num(), ~told["beside"].isnan()
+        kept = kept or self.known(told)
         self.check(told, sampling)
         if (negative_prompt or against) and sampling.guidance_scale == 1:
             raise UndiffuseError("a negative prompt acts through guidance: set a guidance scale other than 1")
@@ -942,6 +941,13 @@ class Pipeline:
         levels = below(levels, strength)
         x = levels[0].mix(self.encode(image).to(eps).expand_as(eps), eps)
         return Start(x, levels, sampling, noise, told, away, sampling.memory(), kept, wrap)
+
+    def known(self, told: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """What a model that fills holes leaves as it is of the pictures that it is shown: these, and where (as data,
+        ``[B, ...]``); None: it fills no holes."""
+        if not self.fills_holes:
+            return None
+        return told["beside"].nan_to_num(), ~told["beside"].isnan().any(1, keepdim=True)
 
     def _seen(self, image: Tensor, keep: Tensor) -> dict[str, Tensor]:
         """The conditions that tell a network which fills holes what of ``image`` is kept."""

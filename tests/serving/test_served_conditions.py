@@ -253,6 +253,7 @@ def test_SV5_edits_that_cannot_be_are_named(server: Running) -> None:
         ({"model": "small", "image": small}, {"cond": "[1]"}, "cond", "dictionary"),
         ({"model": "small", "image": small}, {"cond": '{"bred": "manx"}'}, "cond", "did you mean"),
         ({"model": "holes", "image": large, "mask": png(np.zeros((8, 8), np.uint8))}, {}, "mask", "nothing to edit"),
+        ({"model": "holes", "image": large}, {}, "mask", "give a mask, or make a part"),
     ):
         with pytest.raises(openai.BadRequestError, match=message) as caught:
             client.images.edit(prompt="", extra_body=extra, **asked)

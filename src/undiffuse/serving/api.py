@@ -458,6 +458,8 @@ def read_edit(form: Edit, files: Mapping[str, bytes], pipeline: Pipeline, limits
     image = read_picture(files["image"], spec, limits)
     if mask is None and pipeline.fills_holes and has_hole(files["image"], spec, limits):
         mask = files["image"]
+    if mask is None and pipeline.fills_holes and form.strength is None:
+        raise Refused(400, "give a mask, or make a part of the image transparent: it is filled in", "mask", "missing")
     keep = None if mask is None else read_mask(mask, spec, limits)
     return Beginning(image, keep, form.strength if form.strength is not None else 0.6 if keep is None else 1.0)
 

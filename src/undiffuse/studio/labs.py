@@ -60,6 +60,8 @@ class Walk:
     cond: Mapping[str, Tensor]
     against: Mapping[str, Tensor]
     memory: Memory | None
+    kept: tuple[Tensor, Tensor] | None
+    """See :meth:`.Pipeline.known`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +92,7 @@ def begin(pipeline: Pipeline, ask: Ask, x: Tensor | None = None, levels: Sequenc
     path = sampling.grid.levels(pipeline.config.schedule, sampling.steps) if levels is None else levels
     if x is None:
         x = start(path[0], noise.draw(pipeline.shape, torch.empty(0, device=pipeline.device)))
-    return Walk(x, path, sampling, noise, cond, against, sampling.memory())
+    return Walk(x, path, sampling, noise, cond, against, sampling.memory(), pipeline.known(cond))
 
 
 def run(pipeline: Pipeline, walks: Sequence[Walk], check: Check = lambda: None) -> list[Trace]:
@@ -124,12 +126,16 @@ def run(pipeline: Pipeline, walks: Sequence[Walk], check: Check = lambda: None) 
             estimates = answer_together(pipeline.asked, [asked[i] for i in batch])
         for i, estimate in zip(batch, estimates, strict=True):
             go_on(i, estimate)
-    return [_trace(each) for each in frames]
+    return [_trace(seen, each.kept) for seen, each in zip(frames, walks, strict=True)]
 
 
-def _trace(frames: Sequence[Frame]) -> Trace:
-    """A frame's estimate is that of the step that led *to* it; the page shows what is believed *at* it."""
+def _trace(frames: list[Frame], kept: tuple[Tensor, Tensor] | None) -> Trace:
+    """A frame's estimate is that of the step that led *to* it; the page shows what is believed *at* it. What is
+    ``kept`` is in the last one as it was."""
     last = frames[-1]
+    if kept is not None:
+        last = replace(last, x=torch.where(kept[1], kept[0], last.x))
+        frames = [*frames[:-1], last]
     finished(last.x)
     said = [frame.estimate for frame in frames[1:] if frame.estimate is not None]
     x = torch.stack([frame.x for frame in frames]).cpu()
