@@ -138,6 +138,9 @@ def _enough(a: Moments, b: Moments, allow_small: bool) -> str:
         return ""
     said = f"{n} rows do not span the {rank} dimensions of the features, so their Frechet distance is mostly bias"
     if not allow_small:
-        raise UndiffuseError(f"{said}: give more than {rank} rows, or fewer features, or ask for it with allow_small")
+        raise UndiffuseError(
+            f"{said}: give more than {rank} rows, or features of fewer dimensions "
+            "(`undiffuse evaluate` measures them all the same with allow_small)"
+        )
     warnings.warn(said, UndiffuseWarning, stacklevel=3)
     return said
