@@ -408,7 +408,7 @@ def test_a_trajectory_is_shown_decoded(tmp_path: Path) -> None:
 
     model = pipeline(fold())
     for name in ("a.gif", "a.png"):
-        write_samples(tmp_path / name, model, 2, 0, None, model.settings(), 64, None, "m", {})
+        write_samples(tmp_path / name, model, 2, model.settings(), 64, None, "m", {})
     with Image.open(tmp_path / "a.gif") as film, Image.open(tmp_path / "a.png") as still:
         assert getattr(film, "n_frames", 1) == 4
         film.seek(3)

@@ -11,14 +11,14 @@ from dataclasses import replace
 from io import BytesIO
 from math import ceil, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from .conditions import LISTS, Rows
+from .conditions import LISTS
 from .config import to_json, write_bytes_atomic
 from .data.png import encode16
 from .data.sounds import encode_wav
@@ -27,7 +27,7 @@ from .data.tables import write_table
 from .data.tiff import encode_tiff
 from .distributed import ALONE, Team
 from .errors import UndiffuseError
-from .pipeline import REGISTRIES, Attention, Pipeline, Sampling, check_count
+from .pipeline import REGISTRIES, Asked, Attention, Pipeline, Sampling, check_count
 
 CHUNK = "undiffuse"
 """The PNG text chunk that holds how a picture was made."""
@@ -182,8 +182,6 @@ def write_samples(
     target: Path,
     pipeline: Pipeline,
     samples: int,
-    seed: int,
-    classes: Sequence[int | None] | None,
     sampling: Sampling,
     batch_size: int,
     progress: Callable[[int, int], None] | None,
@@ -191,10 +189,7 @@ def write_samples(
     options: dict[str, Any],
     rows: int | None = None,
     team: Team = ALONE,
-    prompts: Sequence[str] | None = None,
-    negative_prompt: str | None = None,
-    cond: Rows | None = None,
-    against: Rows | None = None,
+    **asked: Unpack[Asked],
 ) -> None:
     """Sample and write to ``target``: a .png grid, a folder, a .npy, or a .gif or .webp of the trajectory; sounds one
     after another as a .wav, points as a .csv. Files have the units, the range and the bits of the data.
@@ -204,15 +199,15 @@ def write_samples(
     is one batch, which the first draws.
     """
     spec, suffix = pipeline.spec, target.suffix.lower()
+    classes, prompts, cond = asked.get("classes"), asked.get("prompts"), asked.get("cond")
     kinds = classes if classes is not None else prompts if prompts is not None else spec.classes
     rows_of = [len(each) for each in (cond or {}).values() if isinstance(each, LISTS)]
     columns = columns_for(samples, max(rows_of, default=1) if cond and classes is prompts is None else len(kinds))
-    asked: dict[str, Any] = {"prompts": prompts, "negative_prompt": negative_prompt, "cond": cond, "against": against}
     if suffix in (".gif", ".webp") and spec.kind != "video":
         pictures = []
         if not team.first:
             return
-        begun = pipeline.begin(samples, seed=seed, sampling=sampling, classes=classes, **asked)
+        begun = pipeline.begin(samples, sampling=sampling, **asked)
         for frame in pipeline.walk(begun, rows):
             x = pipeline.end(begun, frame.x) if frame.level.is_data else pipeline.decode(frame.x).cpu()
             pictures.append(grid(spec, x, columns))
@@ -220,7 +215,7 @@ def write_samples(
                 progress(frame.index, sampling.steps)
         write_animation(target, pictures)
         return
-    x = drawn(pipeline, samples, seed, classes, sampling, batch_size, progress, rows, team, **asked)
+    x = drawn(pipeline, samples, sampling, batch_size, progress, rows, team, **asked)
     if not team.first:
         return
     parameters = {
@@ -260,36 +255,19 @@ def write_samples(
 def drawn(
     pipeline: Pipeline,
     samples: int,
-    seed: int,
-    classes: Sequence[int | None] | None,
     sampling: Sampling,
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
     rows: int | None = None,
     team: Team = ALONE,
-    prompts: Sequence[str] | None = None,
-    negative_prompt: str | None = None,
-    cond: Rows | None = None,
-    against: Rows | None = None,
+    **asked: Unpack[Asked],
 ) -> Tensor:
     """:meth:`.Pipeline.draw` by all processes of a team: ``[N, *shape]`` on the first, its own share on each other."""
     check_count(samples, batch_size)
     mine, part = team.mine(range(samples), batch_size), torch.empty(0, *pipeline.spec.shape)
     with team.agree():
         if mine:  # there may be fewer batches than processes
-            part = pipeline.draw(
-                mine,
-                seed=seed,
-                classes=classes,
-                prompts=prompts,
-                negative_prompt=negative_prompt,
-                cond=cond,
-                against=against,
-                sampling=sampling,
-                batch_size=batch_size,
-                rows=rows,
-                progress=progress,
-            )
+            part = pipeline.draw(mine, sampling=sampling, batch_size=batch_size, rows=rows, progress=progress, **asked)
     return torch.from_numpy(team.gather(part.numpy()))
 
 

@@ -22,7 +22,7 @@ from functools import cached_property, partial
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, Protocol, final
+from typing import Any, Literal, Protocol, TypedDict, Unpack, final
 
 import numpy as np
 import torch
@@ -252,6 +252,18 @@ class Question:
         """The guided estimate from those of :meth:`asked`."""
         first, last = estimates[0], estimates[-1]
         return guided(lambda x, level: first, lambda x, level: last, self.sampling)(self.x, self.level)
+
+
+class Asked(TypedDict, total=False):
+    """What samples are asked for, of :meth:`Pipeline.begin`, by those who pass it on."""
+
+    seed: int
+    classes: Sequence[int | None] | None
+    prompts: Sequence[str] | None
+    negative_prompt: str | None
+    cond: Rows | None
+    against: Rows | None
+    strength: float
 
 
 def as_it_is(denoise: Denoise) -> Denoise:
@@ -968,33 +980,15 @@ class Pipeline:
         self,
         samples: int | Sequence[int],
         *,
-        seed: int = 0,
-        classes: Sequence[int | None] | None = None,
-        prompts: Sequence[str] | None = None,
-        negative_prompt: str | None = None,
-        cond: Rows | None = None,
-        against: Rows | None = None,
+        rows: int | None = None,
         sampling: Sampling | None = None,
         image: Tensor | None = None,
-        strength: float = 1.0,
         keep: Tensor | None = None,
-        rows: int | None = None,
+        **asked: Unpack[Asked],
     ) -> Iterator[Frame]:
         """The trajectory of one batch, noise first: ``steps + 1`` frames of what the denoiser sees, data by
         :meth:`decode`. Stop iterating to cancel."""
-        begun = self.begin(
-            samples,
-            seed=seed,
-            classes=classes,
-            prompts=prompts,
-            negative_prompt=negative_prompt,
-            cond=cond,
-            against=against,
-            sampling=sampling,
-            image=image,
-            strength=strength,
-            keep=keep,
-        )
+        begun = self.begin(samples, sampling=sampling, image=image, keep=keep, **asked)
         yield from self.walk(begun, rows)
 
     def walk(self, begun: Start, rows: int | None = None) -> Iterator[Frame]:
@@ -1006,19 +1000,13 @@ class Pipeline:
         self,
         samples: int | Sequence[int],
         *,
-        seed: int = 0,
-        classes: Sequence[int | None] | None = None,
-        prompts: Sequence[str] | None = None,
-        negative_prompt: str | None = None,
-        cond: Rows | None = None,
-        against: Rows | None = None,
         sampling: Sampling | None = None,
         image: Tensor | None = None,
-        strength: float = 1.0,
         keep: Tensor | None = None,
         batch_size: int = BATCH,
         rows: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        **asked: Unpack[Asked],
     ) -> Tensor:
         """``[N, *spec.shape]`` samples in model units, decoded, on the CPU; sample i is a function of ``(seed, i)`` and
         what is asked of it alone. Its batch moves it by the rounding of the network, about 1e-6; with ``rows``, the
@@ -1040,11 +1028,8 @@ class Pipeline:
         batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
         drawn, total = [], len(batches) * sampling.steps
         for index, batch in enumerate(batches):
-            asked: dict[str, Any] = {"classes": classes, "prompts": prompts, "negative_prompt": negative_prompt}
-            asked |= {"cond": cond, "against": against, "strength": strength}
-            for name, given in (("image", image), ("keep", keep)):
-                asked[name] = None if given is None else given[torch.tensor([i % len(given) for i in batch])]
-            begun = self.begin(batch, seed=seed, sampling=sampling, **asked)
+            theirs = [None if x is None else x[torch.tensor([i % len(x) for i in batch])] for x in (image, keep)]
+            begun = self.begin(batch, sampling=sampling, image=theirs[0], keep=theirs[1], **asked)
             last: deque[Frame] = deque(maxlen=1)
             for frame in self.walk(begun, rows):
                 last.append(frame)

@@ -50,7 +50,8 @@ def demo(out: AnyPath = Path("runs/demo"), seed: int = 0, device: str = "auto") 
     options = {"number": len(classes), "classes": ",".join(map(str, classes)), "seed": seed}
     targets = out / "samples.png", out / "denoising.webp"
     for target in targets:
-        write_samples(target, pipeline, len(classes), seed, classes, pipeline.sampling, BATCH, None, str(out), options)
+        drawn = len(classes), pipeline.sampling, BATCH, None
+        write_samples(target, pipeline, *drawn, str(out), options, seed=seed, classes=classes)
     return Demo(out, *targets, out / "model")
 
 

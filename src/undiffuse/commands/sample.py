@@ -206,8 +206,6 @@ def sample(
                 target,
                 pipeline,
                 count,
-                seed,
-                chosen,
                 settings,
                 batch,
                 tick,
@@ -215,6 +213,8 @@ def sample(
                 options,
                 options.get("rows"),
                 team,
+                seed=seed,
+                classes=chosen,
                 **told,
             )
         if attention is not None and asked and team.first:

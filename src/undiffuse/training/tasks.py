@@ -209,8 +209,8 @@ class Diffusion(Task):
         options, asked = self._asked(pipeline, whole, folder)
         if number != 64 or "beside" in options:
             options["number"] = number
-        classes, sampling = asked.pop("classes", None), pipeline.sampling
-        write_samples(target, pipeline, number, PREVIEW_SEED, classes, sampling, BATCH, None, run, options, **asked)
+        asked |= {"seed": PREVIEW_SEED}
+        write_samples(target, pipeline, number, pipeline.sampling, BATCH, None, run, options, **asked)
         return target
 
     def _asked(self, pipeline: Pipeline, whole: Dataset, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
