@@ -11,7 +11,7 @@ export const ABOUT = {
   model: { label: "Model", words: "Which of the models that the studio was opened with is asked.", formula: "(x, level) → (x̂₀, ε̂)", chapter: "pipeline" },
   seed: { label: "Seed", words: "Draws the noise that everything begins from: sample i depends on the seed and i alone.", formula: "x₁ ~ N(0, α₁² + σ₁²)", chapter: "sampling" },
   n: { label: "Samples", words: "How many samples are made together; none of them depends on the others.", formula: "i = 0 … n − 1", chapter: "sampling" },
-  classes: { label: "Class", words: "What the model is asked for; in turn means sample i gets class i.", formula: "x̂₀(x, t, c)", chapter: "conditions" },
+  classes: { label: "Class", words: "What the model is asked for; in turn means sample i gets class i, and open, where anything else is asked for, any.", formula: "x̂₀(x, t, c)", chapter: "conditions" },
   wclass: { label: "Class", words: "What every noise of the map is made into; walking through the classes, all are.", formula: "x̂₀(x, t, c)", chapter: "conditions" },
   prompt: { label: "Prompt", words: "What the model is asked for, in words; Enter asks. Empty: nothing in particular.", formula: "x̂₀(x, t, words)", chapter: "text" },
   negative: { label: "Negative prompt", words: "What guidance leads away from, in words; empty: from nothing in particular.", formula: "x̂₀ = u + s (c − u),  u = x̂₀(x, t, these words)", chapter: "guidance" },
@@ -339,7 +339,7 @@ export function asking(model, role) {
 /** The knobs of :func:`asking`. @param {Model} model @param {Role} role @param {() => void} changed
  *  @param {string} [usual] the class unless another is chosen */
 export function conditionKnobs(model, role, changed, usual = "") {
-  const open = { cond: model.conditions.length > 1 ? "all in turn; open if more is asked" : "all in turn", against: "nothing in particular", branch: "as before", walk: "" }[role];
+  const open = { cond: model.conditions.length > 1 ? "all in turn, or open" : "all in turn", against: "nothing in particular", branch: "as before", walk: "" }[role];
   const name = (/** @type {Condition} */ c) => ({ cond: c.name, walk: c.name, against: `Away from: ${c.name}`, branch: `${c.name} from here on` })[role];
   const empty = role === "branch" ? "as before" : "open";
   const quantities = model.conditions.filter((each) => each.kind === "number");
