@@ -36,12 +36,13 @@ import torch
 from _reference import reference_network
 
 from undiffuse import Pipeline, open_dataset
+from undiffuse.asking import Sampling
 from undiffuse.config import override
 from undiffuse.data import Dataset
 from undiffuse.evaluation.extraction import as_data, extract, make_features, pick, reference_features
 from undiffuse.evaluation.features import Features
 from undiffuse.evaluation.frechet import frechet
-from undiffuse.pipeline import REGISTRIES, Sampling
+from undiffuse.pipeline import REGISTRIES
 from undiffuse.schedules import Schedule
 from undiffuse.training import Trainer, make_recipe, speed
 from undiffuse.training.draws import batch_indices

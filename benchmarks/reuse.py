@@ -33,12 +33,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from undiffuse import Pipeline, open_dataset
+from undiffuse.asking import Sampling
 from undiffuse.data.shapes import Shapes, score
 from undiffuse.evaluation.extraction import as_data, extract, make_features, reference_features
 from undiffuse.evaluation.frechet import frechet
 from undiffuse.networks import Network, build, sized
 from undiffuse.outputs import describe
-from undiffuse.pipeline import Sampling
 from undiffuse.reuse import Kept
 
 CHUNK = 100

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from undiffuse.asking import Sampling
 from undiffuse.config import to_json
 from undiffuse.grids import GRIDS, Grid
-from undiffuse.pipeline import REGISTRIES, Sampling
+from undiffuse.pipeline import REGISTRIES
 from undiffuse.sampling import default_sampling
 from undiffuse.solvers import SOLVERS, Solver
 from undiffuse.tuning import tune

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from undiffuse.asking import Sampling
 from undiffuse.codecs import (
     CODECS,
     FILE,
@@ -32,7 +33,7 @@ from undiffuse.denoiser import INPUT_SCALES, LABELS
 from undiffuse.errors import UndiffuseError, UndiffuseWarning
 from undiffuse.grids import GRIDS
 from undiffuse.networks import sized
-from undiffuse.pipeline import ModelConfig, Pipeline, Sampling
+from undiffuse.pipeline import ModelConfig, Pipeline
 from undiffuse.predictions import PREDICTIONS
 from undiffuse.schedules import SCHEDULES
 from undiffuse.solvers import SOLVERS, UniPC

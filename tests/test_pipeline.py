@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from undiffuse.asking import Question, Sampling, answer_together, guided
 from undiffuse.commands import main
 from undiffuse.conditions import Attributes, Classes, Conditions, Text, Vector
 from undiffuse.data import DataSpec
@@ -20,15 +21,7 @@ from undiffuse.data.spec import units_between
 from undiffuse.denoiser import INPUT_SCALES, LABELS
 from undiffuse.errors import UndiffuseError, UndiffuseWarning
 from undiffuse.networks import sized
-from undiffuse.pipeline import (
-    ModelConfig,
-    Pipeline,
-    Question,
-    Sampling,
-    answer_together,
-    find_pipeline,
-    guided,
-)
+from undiffuse.pipeline import ModelConfig, Pipeline, find_pipeline
 from undiffuse.predictions import PREDICTIONS
 from undiffuse.schedules import SCHEDULES
 from undiffuse.solvers import SOLVERS, Heun

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from test_pipeline import FREE, pipeline
 from undiffuse import Estimate, Level, Pipeline, Sampling, UndiffuseError, trajectory
+from undiffuse.asking import guided
 from undiffuse.commands.sample import report, sample
 from undiffuse.data.spec import DataSpec
 from undiffuse.networks import Network, build, sized
-from undiffuse.pipeline import REGISTRIES, guided, to_json
+from undiffuse.pipeline import REGISTRIES, to_json
 from undiffuse.reuse import Kept, Memory
 from undiffuse.solvers import SOLVERS
 from undiffuse.studio import labs

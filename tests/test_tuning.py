@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from laws import F64, PLANE, no_noise, normal, one, run, worst
+from undiffuse.asking import Sampling
 from undiffuse.commands import main
 from undiffuse.config import from_json, to_json
 from undiffuse.data import from_array
@@ -24,7 +25,7 @@ from undiffuse.errors import UndiffuseError, UndiffuseWarning
 from undiffuse.grids import GRIDS, Times
 from undiffuse.levels import Estimate, Level
 from undiffuse.noise import Streams
-from undiffuse.pipeline import REGISTRIES, ModelConfig, Pipeline, Sampling
+from undiffuse.pipeline import REGISTRIES, ModelConfig, Pipeline
 from undiffuse.predictions import V
 from undiffuse.sampling import default_sampling
 from undiffuse.schedules import SCHEDULES, VP, Cosine, Schedule

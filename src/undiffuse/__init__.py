@@ -166,7 +166,7 @@ if TYPE_CHECKING:
 
     # pipeline
     from .pipeline import Pipeline as Pipeline
-    from .pipeline import Sampling as Sampling
+    from .asking import Sampling as Sampling
 
     # training
     from .training import RECIPES as RECIPES

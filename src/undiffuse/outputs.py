@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageOps, PngImagePlugin
 from torch import Tensor
 
+from .asking import Sampling
 from .conditions import LISTS
 from .config import to_json, write_bytes_atomic
 from .data.png import encode16
@@ -27,7 +28,7 @@ from .data.tables import write_table
 from .data.tiff import encode_tiff
 from .distributed import ALONE, Team
 from .errors import UndiffuseError
-from .pipeline import REGISTRIES, Asked, Attention, Pipeline, Sampling, check_count
+from .pipeline import REGISTRIES, Asked, Attention, Pipeline, check_count
 
 CHUNK = "undiffuse"
 """The PNG text chunk that holds how a picture was made."""

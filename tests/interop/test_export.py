@@ -16,6 +16,7 @@ from torch import Tensor
 
 import undiffuse
 from undiffuse import DATASETS, Pipeline, UndiffuseError, make_recipe
+from undiffuse.asking import Sampling
 from undiffuse.codecs import Fold, measure
 from undiffuse.commands import main
 from undiffuse.config import override
@@ -24,7 +25,7 @@ from undiffuse.denoiser import TimeLabel
 from undiffuse.interop.export import network_of, save_diffusers, scheduler_config, translate
 from undiffuse.interop.hub import push
 from undiffuse.networks import DDPMUNet, sized
-from undiffuse.pipeline import REGISTRIES, ModelConfig, Sampling
+from undiffuse.pipeline import REGISTRIES, ModelConfig
 from undiffuse.predictions import PREDICTIONS, EDMOutput, FlowVelocity
 from undiffuse.schedules import (
     EDM,

@@ -165,10 +165,11 @@ def _described(folder: Path, weights: Path, stated: dict[str, Any], terminal_snr
 
 def _theirs(folder: Path) -> Model:
     """A folder of diffusers: its parts, and what its scheduler means in our words."""
+    from ..asking import Sampling
     from ..config import to_json
     from ..interop.diffusers.folder import Folder
     from ..interop.diffusers.schedulers import read_scheduler
-    from ..pipeline import REGISTRIES, Sampling
+    from ..pipeline import REGISTRIES
 
     theirs = Folder(folder)
     parts = [part for part in theirs.parts if part != "scheduler" and theirs.inside(part, "config.json").is_file()]

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ..pipeline import Pipeline, Sampling
+    from ..asking import Sampling
+    from ..pipeline import Pipeline
 
 EXAMPLES = """
 undiffuse solvers                              every solver, one line each

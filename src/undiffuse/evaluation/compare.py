@@ -27,12 +27,13 @@ from typing import Any
 
 import numpy as np
 
+from ..asking import Sampling
 from ..commands import plain
 from ..config import override, to_json, write_bytes_atomic, write_json_atomic
 from ..data import Dataset
 from ..data.base import digest
 from ..errors import UndiffuseError, choose
-from ..pipeline import BATCH, REGISTRIES, Pipeline, Sampling, resolve_device
+from ..pipeline import BATCH, REGISTRIES, Pipeline, resolve_device
 from ..training import Progress, Recipe, run_training
 from ..training.checkpoint import Lock
 from ..training.held_out import LOSS as HELD_OUT

@@ -23,6 +23,7 @@ import safetensors
 import torch
 
 from .. import __version__
+from ..asking import Sampling
 from ..config import write_json_atomic
 from ..data import Dataset
 from ..data.base import ArrayDataset, digest
@@ -30,7 +31,7 @@ from ..data.latents import latent_spec
 from ..distributed import ALONE, Team
 from ..errors import UndiffuseError, choose
 from ..objectives import Stratified, UniformTimes
-from ..pipeline import BATCH, Pipeline, Sampling
+from ..pipeline import BATCH, Pipeline
 from ..training.draws import told
 from ..training.held_out import HeldOut
 from ..training.recipe import Model, Objective, Recipe, Training

@@ -13,13 +13,14 @@ import torch
 from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 from tqdm import tqdm
 
+from ..asking import Sampling
 from ..config import from_json, load_json, to_json, write_bytes_atomic
 from ..data import DATASETS, Dataset, columns
 from ..data.base import ArrayDataset, digest
 from ..distributed import ALONE, Team
 from ..errors import UndiffuseError, choose
 from ..outputs import describe
-from ..pipeline import BATCH, REGISTRIES, Pipeline, Sampling, find_pipeline, is_pipeline
+from ..pipeline import BATCH, REGISTRIES, Pipeline, find_pipeline, is_pipeline
 from ..training.draws import told
 from ..training.held_out import divide
 from ..training.recipe import Recipe

@@ -28,6 +28,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
+from ..asking import Sampling
 from ..beside import stated
 from ..commands.sample import parse_classes
 from ..conditions import Attributes, Patches, Picture, Vector, Written, rows_in
@@ -37,7 +38,7 @@ from ..data.shown import File, hole_in, shown_in
 from ..data.sounds import encode_wav
 from ..data.store import BadFile
 from ..errors import UndiffuseError
-from ..pipeline import Pipeline, Sampling
+from ..pipeline import Pipeline
 
 B = TypeVar("B", bound=BaseModel)
 

@@ -27,12 +27,13 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ..asking import Question, Sampling, answer_together
 from ..compiling import MOST_FILLED
 from ..conditions import Rows
 from ..denoiser import Denoise
 from ..errors import UndiffuseError, choose
 from ..levels import Estimate, Level
-from ..pipeline import Pipeline, Question, Sampling, Start, answer_together
+from ..pipeline import Pipeline, Start
 from ..sampling import Frame, walk
 from ..solvers import Step
 

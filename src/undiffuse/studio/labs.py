@@ -1,7 +1,7 @@
 """What the labs compute.
 
 Everything is walks side by side: several samplers, each with its own start, levels, solver, guidance and classes, of
-which every round of questions is one network call (:func:`undiffuse.pipeline.answer_together`). A trajectory is one
+which every round of questions is one network call (:func:`undiffuse.asking.answer_together`). A trajectory is one
 walk, a strip of guidance scales is one walk a scale, A|B is two.
 """
 
@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..asking import Question, Sampling, answer_together
 from ..conditions import LISTS, Rows
 from ..errors import UndiffuseError
 from ..inversion import invert
 from ..levels import Level, combine
 from ..noise import Streams, slerp
-from ..pipeline import Pipeline, Question, Sampling, answer_together, finished
+from ..pipeline import Pipeline, finished
 from ..reuse import Memory
 from ..sampling import Frame, start, walk
 from ..solvers import Euler, Step

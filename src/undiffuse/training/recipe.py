@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..asking import Sampling
 from ..beside import Beside, stated
 from ..codecs import build_codec, codec_cost
 from ..conditions import Conditions
@@ -26,7 +27,7 @@ from ..encoders import load
 from ..errors import UndiffuseError, UndiffuseWarning, unknown
 from ..networks import build, describe, sized
 from ..objectives import Stratified, Times, Unit, Weight
-from ..pipeline import REGISTRIES, ModelConfig, Sampling
+from ..pipeline import REGISTRIES, ModelConfig
 from ..predictions import FlowVelocity, Prediction
 from ..schedules import Flow, Schedule
 

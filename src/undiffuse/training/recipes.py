@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from ..asking import Sampling
 from ..data.spec import DataSpec
 from ..errors import choose
 from ..grids import LogSNR, ShiftedGrid, Uniform
 from ..objectives import LogitNormalTimes, Stratified, UniformTimes
-from ..pipeline import Sampling
 from ..predictions import EDMOutput
 from ..solvers import DPMpp2M, Heun
 from .recipe import Averaging, Compression, Model, Objective, Optimiser, Recipe, Training
@@ -81,10 +81,8 @@ def mnist(spec: DataSpec, count: int, size: str | None = None) -> Recipe:
         ema=Averaging(half_life=50_000, ramp=0.05),
         sampling=Sampling(
             solver=DPMpp2M(eta=1.0),
-            grid=ShiftedGrid(shift=2.0),  # where there is much noise it is decided what a picture shows
-            steps=8,
-            guidance_scale=1.25,
-            guidance_interval=(0.5, 1.6),
+            grid=ShiftedGrid(shift=2.5),  # where there is much noise it is decided what a picture shows
+            steps=10,
         ),
     )
 

@@ -15,12 +15,13 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from ...asking import Sampling
 from ...conditions import Condition, Conditions
 from ...config import from_json, load_json, write_bytes_atomic
 from ...data.spec import DataSpec, units_between
 from ...denoiser import Denoiser, terminal_snr_report
 from ...errors import UndiffuseError, UndiffuseWarning, choose, unknown
-from ...pipeline import FORMAT, REGISTRIES, ModelConfig, Pipeline, Sampling, Tunings
+from ...pipeline import FORMAT, REGISTRIES, ModelConfig, Pipeline, Tunings
 from ...weights import read_header
 from .codecs import CODECS
 from .families import ENCODERS, FAMILIES, LEFT_OUT, OLD_NAMES, TOKENIZERS, Made, Parts, Size

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
+from ...asking import Sampling
 from ...denoiser import InputScale, Label, LogSigmaLabel, NoScale, TimeLabel, UnitVariance
 from ...errors import UndiffuseError, UndiffuseWarning, choose, unknown
 from ...grids import Beta, Distilled, Grid, Karras, Leading, Linspace, LogSNR, ShiftedGrid, Trailing
-from ...pipeline import Sampling
 from ...predictions import X0, EDMOutput, Eps, FlowVelocity, Prediction, V
 from ...schedules import EDM, BetaTable, CosineBetas, Flow, LinearBetas, ScaledLinearBetas, Schedule, ZeroTerminalSNR
 from ...solvers import (
