@@ -781,7 +781,9 @@ class Pipeline:
         kept = kept or self.known(told)
         self.check(told, sampling)
         if (negative_prompt or against) and sampling.guidance_scale == 1:
-            raise UndiffuseError("a negative prompt acts through guidance: set a guidance scale other than 1")
+            raise UndiffuseError(
+                "a negative prompt, as `against`, acts through guidance: set a guidance scale other than 1"
+            )
         away = self.against(len(numbers), prompt=negative_prompt, cond=against, reading=sampling.reading)
         if self.denoiser.conditions is not None:  # what is told holds on both sides
             both = {name for name in self.denoiser.conditions.told if name in {**(cond or {}), **seen}}

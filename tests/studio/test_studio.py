@@ -20,7 +20,7 @@ pytest.importorskip("fastapi", reason="needs undiffuse[serve]")
 
 from laws import Mixture, normal, tensor
 from studio_page import Running, make_run, running
-from undiffuse import SCHEDULES, SOLVERS
+from undiffuse import SCHEDULES, SOLVERS, Streams, trajectory
 from undiffuse.commands.studio import studio as studio_verb
 from undiffuse.errors import UndiffuseError
 from undiffuse.pipeline import Pipeline
@@ -80,8 +80,9 @@ def test_walks_side_by_side_are_what_they_are_alone(model: Pipeline) -> None:
         assert torch.allclose(x, wanted, atol=1e-4)
 
 
-def test_a_branch_that_changes_nothing_is_the_way_itself(model: Pipeline) -> None:
-    asked = ask(model, solver="euler")
+@pytest.mark.parametrize("solver", ["euler", "ddpm"])  # the second draws noise at every step
+def test_a_branch_that_changes_nothing_is_the_way_itself(model: Pipeline, solver: str) -> None:
+    asked = ask(model, solver=solver)
     (base,) = labs.run(model, [labs.begin(model, asked)])
     same = labs.branch(model, base, 2, asked, fresh=False)
     assert torch.allclose(same.x, base.x[2:], atol=1e-5)
@@ -91,6 +92,28 @@ def test_a_branch_that_changes_nothing_is_the_way_itself(model: Pipeline) -> Non
     assert abs(float(noise.square().mean()) - 1) < 0.3  # what is believed is kept, the noise is new
     with pytest.raises(UndiffuseError, match="frame 0 to 5"):
         labs.branch(model, base, 6, asked, fresh=False)
+
+
+def test_no_noise_is_drawn_twice_wherever_a_walk_begins(model: Pipeline) -> None:
+    """A solver that draws noise goes on in the stream of its sample, as Pipeline.sample does."""
+    asked = ask(model, solver="ddpm")
+    image = torch.rand(1, 1, 8, 8) * 2 - 1
+    (noised,) = labs.run(model, [labs.begin(model, asked, image, 0.6)])
+    wanted = model.draw(3, seed=4, classes=[2, 7], sampling=asked.sampling, image=image, strength=0.6)
+    assert torch.allclose(noised.x[-1], wanted, atol=1e-5)
+    one = replace(asked, cond={"classes": [2]})
+    corner = labs.between(model, one, [4, 1, 2, 3], columns=2, rows=2, down=None)[0]
+    assert torch.allclose(corner, model.draw(1, seed=4, classes=[2], sampling=asked.sampling)[0], atol=1e-5)
+    brownian = model.settings(solver="ddpm", steps=6, noise="brownian")
+    (trace,) = labs.run(model, [labs.begin(model, replace(asked, sampling=brownian))])
+    assert torch.allclose(trace.x[-1], model.draw(3, seed=4, classes=[2, 7], sampling=brownian), atol=1e-5)
+    (base,) = labs.run(model, [labs.begin(model, asked)])
+    fresh = labs.branch(model, base, 2, replace(asked, seed=9), fresh=True)
+    noise = Streams(9, 3)
+    x = base.levels[2].mix(base.x0[2], noise.draw((1, 8, 8)))
+    denoise = model.denoise(model.conditions(range(3), [2, 7]), asked.sampling)
+    *_, last = trajectory(denoise, x, base.levels[2:], asked.sampling.solver, noise)
+    assert torch.allclose(fresh.x[-1], last.x, atol=1e-4)
 
 
 def test_guidance_away_from_a_class_is_the_formula(model: Pipeline) -> None:

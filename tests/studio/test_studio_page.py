@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("uvicorn", reason="needs undiffuse[serve]")
 pytest.importorskip("fastapi", reason="needs undiffuse[serve]")
@@ -293,6 +294,38 @@ def test_copy_as_says_commands_that_work_and_pictures_can_be_saved(look: Looking
         with Image.open(tmp_path / f"x.{kind}") as picture:
             assert str(picture.format).lower() == kind
             assert getattr(picture, "n_frames", 1) == (1 if kind == "png" else 5)
+
+
+@pytest.mark.parametrize("state", ["", "&down=classes&against=3", "&wclass=none"])
+def test_the_line_of_a_walk_makes_its_whole_map(look: Looking, state: str) -> None:
+    look.open(f"walk?corners=7,1,2,3&seed=7&steps=3&solver=ddpm&grid=karras&scale=2{state}")
+    look.wait("now.made")
+    look.page.locator("#share").click()
+    scope: dict[str, Any] = {}
+    exec(look.page.locator("#sheet pre").nth(1).text_content(), scope)
+    made = np.array(look.js("Array.from(now.made.arrays.x.data)"), np.float32).reshape(-1, 1, 8, 8)
+    spec = scope["pipeline"].spec
+    assert np.abs(spec.to_data(torch.from_numpy(made)).astype(int) - scope["x"].astype(int)).max() <= 1
+
+
+def test_what_has_no_line_to_copy_says_so(look: Looking) -> None:
+    for state, lines, words in (("start=inverted", 1, "no line to copy"), ("branch=1", 4, "without what has left it")):
+        look.open(f"time?n=2&steps=3&{state}")
+        look.wait("now.trace" if lines == 1 else "now.branch")
+        look.page.locator("#share").click()
+        assert look.page.locator("#sheet pre").count() == lines
+        assert words in look.page.locator("#sheet").text_content()
+
+
+def test_a_slider_shows_what_is_asked_for_and_a_branch_what_it_begins_with(look: Looking) -> None:
+    look.open("time?n=1&steps=90&scale=1.3")  # more than the slider usually goes to, and between two of its places
+    look.wait("now.trace && now.trace.t.length === 91")
+    knobs = [look.page.locator(f".knob:has(#knob-{name}) output") for name in ("steps", "scale", "bscale")]
+    assert [knob.text_content() for knob in knobs] == ["90", "1.3", "1.3"]
+    look.slide("#knob-scale", 3)
+    look.page.locator("#knob-seed").fill("5")
+    assert knobs[2].text_content() == "3"
+    assert look.page.locator("#knob-bseed").input_value() == "5"
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (2200, "dark")])

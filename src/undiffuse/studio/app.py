@@ -394,7 +394,6 @@ class Studio:
         """The trajectory that a form asks for, and what else to say of it."""
         name, pipeline, ask = self.ask(form)
         said: dict[str, Any] = {"model": name}
-        self.acts(ask)
         x0: Tensor | None = None
         if form.start == "noise":
             walk = labs.begin(pipeline, ask)
@@ -408,10 +407,7 @@ class Studio:
                 walk, calls = labs.inverted(pipeline, ask, x0, check)
                 said["inversion_calls"] = calls
             else:
-                begun = pipeline.begin(
-                    ask.numbers, seed=ask.seed, cond=ask.cond, sampling=ask.sampling, image=x0, strength=form.t
-                )
-                walk = labs.begin(pipeline, ask, begun.x, begun.levels)
+                walk = labs.begin(pipeline, ask, x0, form.t)
         (trace,) = labs.run(pipeline, [walk], check)
         if form.start == "inverted" and x0 is not None:
             said["round_trip"] = float((trace.x[-1] - x0.cpu()).square().mean().sqrt())
@@ -427,12 +423,6 @@ class Studio:
         eps = trace.x[0] / float(torch.hypot(trace.levels[0].alpha, trace.levels[0].sigma))
         return torch.stack([level.mix(x0.expand_as(eps), eps) for level in trace.levels])
 
-    @staticmethod
-    def acts(ask: labs.Ask) -> None:
-        """Refuse what would silently do nothing."""
-        if ask.against and ask.sampling.guidance_scale == 1:
-            raise UndiffuseError("to lead away from something, guidance must be other than 1")
-
     def branch(self, form: Branch, check: labs.Check) -> labs.Trace:
         base, said = self.trace(form.base, check)
         _, pipeline, ask = self.ask(form.then)
@@ -440,7 +430,6 @@ class Studio:
             raise UndiffuseError("a branch has the model and the number of samples of what it leaves")
         if "classes" not in form.then.cond and any(label is not None for label in said["labels"]):
             ask = replace(ask, cond={**(ask.cond or {}), "classes": said["labels"]})
-        self.acts(ask)
         return labs.branch(pipeline, base, form.index, ask, form.then.seed != form.base.seed, check)
 
     # --- pictures ---
@@ -531,8 +520,12 @@ def examples(folder: Path, pipeline: Pipeline) -> Pictures:
         if labels is not None:
             places = list(np.unique(labels, return_index=True)[1][:20])
         chosen = [None if labels is None or not spec.classes else int(labels[i]) for i in places]
-        known = told(pipeline.denoiser.conditions, items, places)[1] if pipeline.beside is not None else {}
-        return Pictures(spec.to_model(values[places]), chosen, known.get("beside", none))
+        shown, beside = none, pipeline.beside
+        if beside is not None:
+            x = told(pipeline.denoiser.conditions, items, places)[1]["beside"]
+            in_units = beside.to_model(beside.to_data(x.nan_to_num()))  # as a file holds it
+            shown = in_units.masked_fill(x.isnan(), torch.nan)
+        return Pictures(spec.to_model(values[places]), chosen, shown)
     except (UndiffuseError, OSError, KeyError, ValueError):
         return Pictures(torch.zeros(0, *spec.shape), [], none)
 
@@ -770,7 +763,6 @@ def routes(studio: Studio) -> APIRouter:
                     raise UndiffuseError(f"{chosen.solver} takes more than {form.calls} calls for one step")
                 base = form.base.model_copy(update={"solver": chosen.solver, "grid": chosen.grid, "steps": steps})
                 ask = studio.ask(base)[2]
-                studio.acts(ask)
                 walks.append(labs.begin(pipeline, ask))
                 meta[side] = {"steps": steps}
             both = labs.run(pipeline, walks, check)
@@ -870,7 +862,6 @@ def routes(studio: Studio) -> APIRouter:
             if form.down != "noise" and not form.values:
                 raise UndiffuseError(f"name the values of {form.down} to walk through")
             down = None if form.down == "noise" else (form.down, form.values)
-            studio.acts(ask)
             x = labs.between(pipeline, ask, form.corners, form.columns, form.rows, down, check)
             return pack({"columns": form.columns, "rows": len(x) // form.columns}, {"x": x})
 

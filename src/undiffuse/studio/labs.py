@@ -20,10 +20,9 @@ from ..errors import UndiffuseError
 from ..inversion import invert
 from ..levels import Level, combine
 from ..noise import Streams, slerp
-from ..pipeline import Pipeline, finished
-from ..reuse import Memory
+from ..pipeline import Pipeline, Start, finished
 from ..sampling import Frame, start, walk
-from ..solvers import Euler, Step
+from ..solvers import Euler, Noise, Step
 
 ROWS = 256
 """The most rows of one network call."""
@@ -51,21 +50,6 @@ class Ask:
 
 
 @dataclass(frozen=True, eq=False)
-class Walk:
-    """One sampler of several: where it begins, and all that it needs but the network."""
-
-    x: Tensor
-    levels: Sequence[Level]
-    sampling: Sampling
-    noise: Streams
-    cond: Mapping[str, Tensor]
-    against: Mapping[str, Tensor]
-    memory: Memory | None
-    kept: tuple[Tensor, Tensor] | None
-    """See :meth:`.Pipeline.known`."""
-
-
-@dataclass(frozen=True, eq=False)
 class Trace:
     """A trajectory as the page shows it; F frames, noise first.
 
@@ -74,6 +58,7 @@ class Trace:
         x: ``[F, B, *shape]``, what the denoiser sees; :func:`seen` makes data of it.
         x0, eps: the estimate *at* that x; at clean data x itself, and the noise last believed in.
         calls: estimates that the solver asked for.
+        drawn: how often the solver drew noise on the way to each frame.
     """
 
     levels: Sequence[Level]
@@ -81,28 +66,47 @@ class Trace:
     x0: Tensor
     eps: Tensor
     calls: int
+    drawn: Sequence[int]
 
 
-def begin(pipeline: Pipeline, ask: Ask, x: Tensor | None = None, levels: Sequence[Level] | None = None) -> Walk:
-    """The walk that ``ask`` describes: from noise at the grid's first level, or from ``x`` along ``levels``."""
-    sampling = ask.sampling
-    cond = pipeline.conditions(ask.numbers, None, cond=ask.cond, reading=sampling.reading)
-    against = pipeline.against(len(ask.numbers), cond=ask.against, reading=sampling.reading)
-    pipeline.check(cond, sampling)
-    noise = Streams(ask.seed, ask.numbers)
-    path = sampling.grid.levels(pipeline.config.schedule, sampling.steps) if levels is None else levels
-    if x is None:
-        x = start(path[0], noise.draw(pipeline.shape, torch.empty(0, device=pipeline.device)))
-    return Walk(x, path, sampling, noise, cond, against, sampling.memory(), pipeline.known(cond))
+def begin(pipeline: Pipeline, ask: Ask, image: Tensor | None = None, strength: float = 1.0) -> Start:
+    """The walk that ``ask`` describes, from noise or from an ``image``: see :meth:`.Pipeline.begin`."""
+    return pipeline.begin(
+        ask.numbers,
+        seed=ask.seed,
+        cond=ask.cond,
+        against=ask.against,
+        sampling=ask.sampling,
+        image=image,
+        strength=strength,
+    )
 
 
-def run(pipeline: Pipeline, walks: Sequence[Walk], check: Check = lambda: None) -> list[Trace]:
+@dataclass
+class Counted:
+    """Noise, and how often it was drawn."""
+
+    noise: Noise
+    times: int = 0
+
+    def __call__(self, x: Tensor, here: Level, there: Level) -> Tensor:
+        self.times += 1
+        return self.noise(x, here, there)
+
+
+def run(pipeline: Pipeline, walks: Sequence[Start], check: Check = lambda: None) -> list[Trace]:
     """All walks to their ends; each round of questions is answered by as few network calls as ``ROWS`` allows."""
-    frames: list[list[Frame]] = [[] for _ in walks]
-    steps: list[Step] = [
-        walk(each.x, each.levels, each.sampling.solver, each.noise, seen.append)
-        for each, seen in zip(walks, frames, strict=True)
-    ]
+    frames: list[list[tuple[Frame, int]]] = [[] for _ in walks]
+
+    def steps_of(begun: Start, seen: list[tuple[Frame, int]]) -> Step:
+        noise = Counted(begun.noise)
+
+        def watch(frame: Frame) -> None:
+            seen.append((frame, noise.times))
+
+        return walk(begun.x, begun.levels, begun.sampling.solver, noise, watch)
+
+    steps = [steps_of(each, seen) for each, seen in zip(walks, frames, strict=True)]
     asked: dict[int, Question] = {}
 
     def go_on(i: int, estimate: object) -> None:
@@ -130,9 +134,10 @@ def run(pipeline: Pipeline, walks: Sequence[Walk], check: Check = lambda: None) 
     return [_trace(seen, each.kept) for seen, each in zip(frames, walks, strict=True)]
 
 
-def _trace(frames: list[Frame], kept: tuple[Tensor, Tensor] | None) -> Trace:
+def _trace(seen: list[tuple[Frame, int]], kept: tuple[Tensor, Tensor] | None) -> Trace:
     """A frame's estimate is that of the step that led *to* it; the page shows what is believed *at* it. What is
     ``kept`` is in the last one as it was."""
+    frames, drawn = [frame for frame, _ in seen], [times for _, times in seen]
     last = frames[-1]
     if kept is not None:
         last = replace(last, x=torch.where(kept[1], kept[0], last.x))
@@ -142,7 +147,7 @@ def _trace(frames: list[Frame], kept: tuple[Tensor, Tensor] | None) -> Trace:
     x = torch.stack([frame.x for frame in frames]).cpu()
     x0 = torch.stack([*(each.x0 for each in said), last.x]).cpu()
     eps = torch.stack([*(each.eps for each in said), said[-1].eps]).cpu()
-    return Trace([frame.level for frame in frames], x, x0, eps, last.calls)
+    return Trace([frame.level for frame in frames], x, x0, eps, last.calls, drawn)
 
 
 def seen(pipeline: Pipeline, x: Tensor) -> Tensor:
@@ -156,28 +161,33 @@ def branch(pipeline: Pipeline, base: Trace, index: int, ask: Ask, fresh: bool, c
     """Go on from frame ``index`` of ``base`` as ``ask`` says.
 
     With ``fresh`` noise x first becomes ``alpha x0_hat + sigma eps'``: what is believed there is kept and the noise is
-    drawn anew from ``ask.seed``. The solver begins without a memory of steps before.
+    drawn anew from ``ask.seed``; otherwise a solver that draws noise goes on where it was in its stream, so that no
+    number is drawn twice. The solver begins without a memory of steps before.
     """
     if not 0 <= index < len(base.levels) - 1:
         raise UndiffuseError(f"a branch begins at frame 0 to {len(base.levels) - 2}, not {index}")
     level, x = base.levels[index], base.x[index]
+    begun = begin(pipeline, ask)
     if fresh:
-        x = level.mix(base.x0[index], Streams(ask.seed, ask.numbers).draw(pipeline.shape, x))
-    return run(pipeline, [begin(pipeline, ask, x.to(pipeline.device), base.levels[index:])], check)[0]
+        x = level.mix(base.x0[index], Streams(ask.seed, ask.numbers).draw(pipeline.shape, x))  # the stream's first
+    else:
+        for _ in range(base.drawn[index]):
+            begun.noise.draw(pipeline.shape)
+    return run(pipeline, [replace(begun, x=x.to(pipeline.device), levels=[*base.levels[index:]])], check)[0]
 
 
-def inverted(pipeline: Pipeline, ask: Ask, x: Tensor, check: Check = lambda: None) -> tuple[Walk, int]:
+def inverted(pipeline: Pipeline, ask: Ask, x: Tensor, check: Check = lambda: None) -> tuple[Start, int]:
     """``x`` (``[B, *shape]``, clean, as the denoiser sees it) carried up to noise by Euler's method, unguided, and the
     walk back down; and the calls that it took."""
     sampling = replace(ask.sampling, solver=Euler(), guidance_scale=1.0, guidance_interval=None)
     plain = replace(ask, sampling=sampling, against=None)
-    down = begin(pipeline, plain, x.to(pipeline.device))
+    down = begin(pipeline, plain)
 
     def denoise(x: Tensor, level: Level):
         check()
         return pipeline.denoiser(x, level, **down.cond)
 
-    found = invert(denoise, down.x, down.levels, Euler(), exact=False)
+    found = invert(denoise, x.to(pipeline.device), down.levels, Euler(), exact=False)
     return replace(down, x=found.x), found.calls
 
 
@@ -186,7 +196,11 @@ def inverted(pipeline: Pipeline, ask: Ask, x: Tensor, check: Check = lambda: Non
 
 def strip(pipeline: Pipeline, ask: Ask, scales: Sequence[float], check: Check = lambda: None) -> Tensor:
     """``[S, B, *spec.shape]``: the same noises under each guidance scale."""
-    walks = [begin(pipeline, replace(ask, sampling=replace(ask.sampling, guidance_scale=scale))) for scale in scales]
+    asks = [replace(ask, sampling=replace(ask.sampling, guidance_scale=scale)) for scale in scales]
+    # At scale 1 nothing is led away from.
+    walks = [
+        begin(pipeline, replace(each, against=None) if each.sampling.guidance_scale == 1 else each) for each in asks
+    ]
     return seen(pipeline, torch.stack([trace.x[-1] for trace in run(pipeline, walks, check)]))
 
 
@@ -269,9 +283,9 @@ def between(
         noises = [each for _ in values for each in top]
         cond[name] = [value for value in values for _ in across]
     ask = replace(ask, numbers=range(len(noises)), cond=cond)
-    levels = ask.sampling.grid.levels(pipeline.config.schedule, ask.sampling.steps)
-    x = start(levels[0], torch.cat(noises)).to(pipeline.device)
-    return seen(pipeline, run(pipeline, [begin(pipeline, ask, x, levels)], check)[0].x[-1:])[0]
+    begun = begin(pipeline, ask)
+    x = start(begun.levels[0], torch.cat(noises)).to(pipeline.device)
+    return seen(pipeline, run(pipeline, [replace(begun, x=x)], check)[0].x[-1:])[0]
 
 
 def velocity(level: Level, x0: Tensor, eps: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ export const ABOUT = {
   scale: { label: "Guidance", words: "How hard it is asked for: 0 ignores what is asked, 1 is the model's own answer, more exaggerates.", formula: "x̂₀ = u + s (c − u)", chapter: "guidance" },
   low: { label: "Guide above", words: "Below this noise-to-signal ratio nothing is guided, which keeps fine detail free.", formula: "s if low < σ/α ≤ high, else 1", chapter: "guidance" },
   high: { label: "Guide below", words: "Above this noise-to-signal ratio nothing is guided, which keeps variety; empty: no limit.", formula: "s if low < σ/α ≤ high, else 1", chapter: "guidance" },
-  start: { label: "Begin from", words: "Fresh noise, or the very noise that the model would turn into the real picture (inversion).", formula: "x₁ = solver⁻¹(x₀)", chapter: "editing" },
+  start: { label: "Begin from", words: "Fresh noise, or the very noise that the model would turn into the real picture (inversion): by Euler's method and unguided, whatever is chosen above.", formula: "x₁ = solver⁻¹(x₀)", chapter: "editing" },
   picture: { label: "Real picture", words: "The data that the forward side noises, and that inversion begins from.", formula: "x_t = α x₀ + σ ε", chapter: "levels" },
   t: { label: "Time", words: "Where on the way between data (0) and noise (1) you look.", formula: "x_t = α(t) x₀ + σ(t) ε", chapter: "levels" },
   bclass: { label: "Class from here on", words: "The branch keeps this x and asks for another class from here to the data.", formula: "x̂₀(x_t, t, c′)", chapter: "conditions" },
@@ -91,22 +91,23 @@ const named = (name, key, input, output) =>
  *  say?: (value: number) => string}} how @param {() => void} changed */
 export function slider(key, usual, how, changed) {
   const { values, say = short } = how;
-  const [min, max, step] = values ? [0, values.length - 1, 1] : [how.min ?? 0, how.max ?? 1, how.step ?? 0.01];
+  const given = state.number(key, usual); // a model, or the address, may ask for more than the slider usually goes to
+  const [min, max, step] = values ? [0, values.length - 1, 1] : [Math.min(how.min ?? 0, given), Math.max(how.max ?? 1, given), how.step ?? 0.01];
   const nearest = (/** @type {number} */ v) => (values ? values.reduce((best, _, i) => (Math.abs(values[i] - v) < Math.abs(values[best] - v) ? i : best), 0) : v);
   const output = el("output", {});
   const input = el("input", { type: "range", id: `knob-${key}`, min, max, step, "aria-describedby": undefined });
   const value = () => (values ? values[Number(input.value)] : Number(input.value));
-  const show = () => {
-    output.textContent = say(value());
-    input.setAttribute("aria-valuetext", say(value()));
+  const show = (/** @type {number} */ exact) => {
+    output.textContent = say(exact);
+    input.setAttribute("aria-valuetext", say(exact));
   };
-  input.value = String(nearest(state.number(key, usual)));
+  input.value = String(nearest(given));
   input.addEventListener("input", () => {
     state.set({ [key]: value() });
-    show();
+    show(value());
     changed();
   });
-  show();
+  show(values ? value() : given); // what is asked for, even between two places of the slider
   return frame(key, input, output);
 }
 
@@ -428,6 +429,10 @@ function pythonic(model, cond = {}, against = {}) {
   ];
 }
 
+/** Solver, grid, steps and guidance, as Pipeline.settings and Pipeline.sample take them. @param {any} ask */
+export const settings = (ask) => [`steps=${ask.steps}`, ask.solver && `solver="${ask.solver}"`, ask.grid && `grid="${ask.grid}"`,
+  ask.scale !== undefined && `guidance_scale=${ask.scale}`].filter(Boolean).join(", ");
+
 /** The same samples from Python, the command line and curl. @param {World} world @param {any} ask */
 export function snippets(world, ask) {
   const model = modelOf(world);
@@ -438,9 +443,8 @@ export function snippets(world, ask) {
   const interval = ask.low || ask.high ? [ask.low ?? 0, ask.high ?? 1e9] : null;
   const code = [
     "import undiffuse", ...imports(model, cond), "", `pipeline = undiffuse.Pipeline.load(${JSON.stringify(model.path)})`, "x = pipeline.sample(",
-    `    ${ask.n}, seed=${ask.seed}, steps=${ask.steps},`, ...pythonic(model, cond, against).map((each) => `    ${each},`),
-    ...(ask.solver ? [`    solver="${ask.solver}",`] : []), ...(ask.grid ? [`    grid="${ask.grid}",`] : []),
-    ...(ask.scale !== undefined ? [`    guidance_scale=${ask.scale},`] : []), ...(interval ? [`    guidance_interval=(${interval.join(", ")}),`] : []), ")",
+    `    ${ask.n}, seed=${ask.seed},`, ...pythonic(model, cond, against).map((each) => `    ${each},`),
+    `    ${settings(ask)}${interval ? `, guidance_interval=(${interval.join(", ")})` : ""},`, ")",
   ].join("\n");
 
   // A class by its name, which wins over numbers there; by its number where the name would be read as several.

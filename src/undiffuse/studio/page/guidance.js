@@ -35,7 +35,7 @@ export default {
     const big = el("div", { class: "sheet" });
     const bigWords = el("p", { class: "quiet" });
     const ask = () => asked(world, {
-      n: Math.min(10, state.number("rows", 5)),
+      n: Math.min(10, state.number("rows", 5)), scale: SCALES[nearest(SCALES, state.number("scale", usual))],
       low: state.number("low", 0), high: state.text("high") === "" ? null : state.number("high", 1),
     });
 
@@ -101,7 +101,7 @@ export default {
     /** Ask for the maps of the chosen sample at the chosen scale. */
     const tell = api.latest(async (signal) => {
       if (!reading || !strip) return;
-      const scale = SCALES[nearest(SCALES, state.number("scale", usual))];
+      const { scale } = ask();
       const silent = !Object.keys(asking(model, "cond")).some((name) => model.conditions.some((each) => each.name === name && each.kind === "text"));
       told = undefined;
       tokens.replaceChildren();
@@ -110,7 +110,7 @@ export default {
         light(-1);
         return;
       }
-      told = await api.arrays("words", { base: { ...ask(), scale }, number: sample() }, signal);
+      told = await api.arrays("words", { base: ask(), number: sample() }, signal);
       tokens.replaceChildren(...told.words.map((/** @type {string} */ each, /** @type {number} */ k) => el("button", {
         type: "button", onclick: () => { word = word === k ? -1 : k; light(word); }, onmouseenter: () => light(k), onmouseleave: () => light(word), onfocus: () => light(k), onblur: () => light(word),
       }, each)));
@@ -160,7 +160,8 @@ export default {
             el("div", { class: "row" }, el("button", { type: "button", class: "main", id: "judge", onclick: () => load(true) }, "Measure")), trade.element))));
     load();
     return {
-      snippets: () => snippets(world, { ...ask(), scale: SCALES[nearest(SCALES, state.number("scale", usual))] }),
+      snippets: () => snippets(world, ask()),
+      note: () => "The lines make the chosen column; the pictures are of all.",
       picture: () => (strip ? together(canvases(sheet), SCALES.length) : null),
       animation: () => ask(),
       close: () => window.removeEventListener("redress", redraw),

@@ -10,7 +10,7 @@ import solvers from "./solvers.js";
 import time from "./time.js";
 import walk from "./walk.js";
 
-/** @typedef {{snippets?: () => Record<string, string>, picture?: () => HTMLCanvasElement | null, animation?: () => object | null,
+/** @typedef {{snippets?: () => Record<string, string>, note?: () => string, picture?: () => HTMLCanvasElement | null, animation?: () => object | null,
  *  close?: () => void}} Open */
 /** @typedef {import("./controls.js").World} World */
 /** @typedef {{title: string, words: string, open: (root: HTMLElement, world: World, again: () => void) => Open}} Lab */
@@ -68,6 +68,7 @@ function share() {
     } }, "Copy");
     return [el("h2", {}, name, button), el("pre", {}, words)];
   });
+  const note = opened.note?.();
   const picture = opened.picture?.();
   const animation = opened.animation?.();
   const still = (/** @type {string} */ kind) => el("button", { type: "button", onclick: () =>
@@ -81,6 +82,7 @@ function share() {
   } }, `Save animated ${kind === "gif" ? "GIF" : "WebP"}`);
   sheet.replaceChildren(
     el("div", { class: "row middle" }, el("h1", {}, "Copy or save"), el("button", { type: "button", onclick: () => sheet.close() }, "Close")),
+    ...(note ? [el("p", { class: "quiet" }, note)] : []),
     ...copies,
     ...(picture || animation ? [el("h2", {}, "Pictures")] : []),
     el("div", { class: "row" }, ...(picture ? [still("png"), still("webp")] : []), ...(animation ? [moving("gif"), moving("webp")] : [])),

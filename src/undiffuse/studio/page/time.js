@@ -31,8 +31,9 @@ export default {
     let offshoot;
     /** @type {Message | undefined} */ let pictures;
     let playing = 0;
+    const inverted = () => state.text("start") === "inverted";
     const ask = () => asked(world, {
-      start: state.text("start") === "inverted" ? "inverted" : "noise", picture: state.number("picture", 0),
+      start: inverted() ? "inverted" : "noise", picture: state.number("picture", 0),
     });
 
     // --- what is seen ---
@@ -58,7 +59,8 @@ export default {
     const changes = new Chart("Change per step", "time t", "root mean square");
     const branchSheet = el("div", { class: "sheet" });
     const branchWords = el("p", { class: "quiet" });
-    const changed = () => { offshoot = undefined; state.set({ branch: null, noised: null }); load(); };
+    const branching = el("div", { class: "three" });
+    const changed = () => { offshoot = undefined; state.set({ branch: null, noised: null }); dress(); load(); };
 
     // --- asking ---
     const load = api.latest(async (signal) => {
@@ -236,6 +238,14 @@ export default {
     });
 
     // --- laying it out ---
+    /** What a branch changes; what it does not, is as on the way that it leaves. */
+    function dress() {
+      const anew = () => offshoot && leave();
+      branching.replaceChildren(...conditionKnobs(model, "branch", anew).filter((each) => each !== null),
+        ...(model.conditions.length ? [slider("bscale", state.number("scale", model.scale), { min: 0, max: 8, step: 0.25 }, anew)] : []),
+        whole("bseed", state.number("seed", 0), anew));
+    }
+    dress();
     const redraw = () => paint();
     window.addEventListener("redress", redraw);
     const upload = el("input", { type: "file", accept: "image/*", id: "upload", class: "hidden" });
@@ -255,7 +265,7 @@ export default {
       el("button", { type: "button", id: "next-picture", onclick: () => {
         if (!pictures?.arrays.x.shape[0]) return;
         state.set({ picture: (state.number("picture", 0) + 1) % pictures.arrays.x.shape[0] });
-        if (state.text("start") === "inverted" || model.latent) changed();
+        if (inverted() || model.latent) changed();
         else if (offshoot?.forward) leave();
         paint();
       } }, "Next picture"),
@@ -274,10 +284,7 @@ export default {
             el("button", { type: "button", id: "towards-noise", "aria-label": "One frame towards noise", onclick: () => step(-1) }, "▸"), facts)),
         el("section", { class: "card" }, el("h2", {}, "All samples at this time"), el("p", { class: "quiet" }, "Choose one to look at above."), sheet),
         el("section", { class: "card" }, el("h2", {}, "Branch from here"), branchWords,
-          el("div", { class: "three" },
-            ...conditionKnobs(model, "branch", () => offshoot && leave()),
-            ...(model.conditions.length ? [slider("bscale", state.number("scale", model.scale), { min: 0, max: 8, step: 0.25 }, () => offshoot && leave())] : []),
-            whole("bseed", state.number("seed", 0), () => offshoot && leave())),
+          branching,
           el("div", { class: "row" },
             el("button", { type: "button", class: "main", id: "branch", onclick: () => {
               if (!trace) return;
@@ -292,7 +299,9 @@ export default {
           el("section", { class: "card" }, el("h2", {}, "Change per step"), changes.element))));
     load();
     return {
-      snippets: () => snippets(world, ask()),
+      snippets: () => (inverted() ? {} : snippets(world, ask())),
+      note: () => (inverted() ? "What begins from a real picture's noise has no line to copy: Python for it is in the chapter on editing."
+        : offshoot ? "Lines and pictures are of the way itself, without what has left it." : ""),
       picture: () => (trace ? together(canvases(sheet), Math.min(10, trace.arrays.x.shape[1])) : null),
       animation: () => ask(),
       close: () => { stop(); window.removeEventListener("redress", redraw); },

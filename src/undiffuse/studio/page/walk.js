@@ -1,7 +1,7 @@
 // Lab 6: what lies between noises. Great circles keep noise noise; a straight line would pass through something quieter.
 
 import * as api from "./api.js";
-import { asked, asking, choice, conditionKnobs, imports, mapping, modelOf, python, shared, slider, why, written } from "./controls.js";
+import { asked, asking, choice, conditionKnobs, imports, mapping, modelOf, python, settings, shared, slider, why, written } from "./controls.js";
 import * as state from "./state.js";
 import { aspect, canvases, draw, el, item, reach, short, sizeOf, together } from "./view.js";
 
@@ -123,19 +123,22 @@ export default {
           el("section", { class: "card" }, el("h2", {}, "Between the noises"), el("p", { class: "quiet" }, "Choose a place; the sliders do the same from the keyboard."), sheet),
           el("section", { class: "card" }, el("h2", {}, "This place"), words, el("div", { class: "big" }, big)))));
     load();
+    /** The whole map, as `between` in labs.py makes it. */
     const code = () => {
-      const { base, corners: [a, b] } = ask();
+      const { base, corners: seeds, columns, rows, down: name, values: walked } = ask();
       const { cond = {}, against = {} } = base;
-      return ["import torch", "import undiffuse", "from undiffuse import Streams, slerp", "from undiffuse.sampling import start, trajectory", ...imports(model, cond), "",
+      const others = Object.fromEntries(Object.entries(cond).filter(([each]) => each !== name));
+      const through = name !== "noise";
+      return ["import dataclasses", "", "import torch", "import undiffuse", "from undiffuse import Streams, slerp", "from undiffuse.sampling import start", ...imports(model, others), "",
         `pipeline = undiffuse.Pipeline.load(${JSON.stringify(model.path)})`,
-        `sampling = pipeline.settings(steps=${base.steps}${base.scale === undefined ? "" : `, guidance_scale=${base.scale}`})`,
-        `a, b = (Streams(seed, 1).draw(pipeline.shape) for seed in (${a}, ${b}))`,
-        `noise = torch.cat([slerp(a, b, u) for u in torch.linspace(0, 1, ${ACROSS}).tolist()])`,
-        `cond = pipeline.conditions(range(${ACROSS}), None, cond=${mapping(model, cond)})`,
-        ...(Object.keys(against).length ? [`against = pipeline.against(${ACROSS}, cond=${python(against)})`] : []),
-        `levels = sampling.grid.levels(pipeline.config.schedule, sampling.steps)`,
-        `frames = trajectory(pipeline.denoise(cond, sampling${Object.keys(against).length ? ", against=against" : ""}), start(levels[0], noise), levels, sampling.solver, Streams(0, ${ACROSS}))`,
-        "for frame in frames:", "    pass", "x = pipeline.spec.to_data(pipeline.decode(frame.x))"].join("\n");
+        `sampling = pipeline.settings(${settings(base)})`,
+        `a, b, c, d = (Streams(seed, 1).draw(pipeline.shape) for seed in (${seeds.join(", ")}))`,
+        `across, down = [i / ${columns - 1} for i in range(${columns})], ${through ? python(walked) : `[i / ${rows - 1} for i in range(${rows})]`}`,
+        `noise = torch.cat([${through ? "slerp(a, b, u) for _ in down" : "slerp(slerp(a, b, u), slerp(c, d, u), v) for v in down"} for u in across])`,
+        `cond = ${mapping(model, others)}`, ...(through ? [`cond[${JSON.stringify(name)}] = [row for row in down for _ in across]`] : []),
+        `begun = pipeline.begin(len(noise), seed=${base.seed}, cond=cond${Object.keys(against).length ? `, against=${python(against)}` : ""}, sampling=sampling)`,
+        "begun = dataclasses.replace(begun, x=start(begun.levels[0], noise))", "*_, last = pipeline.walk(begun)",
+        "x = pipeline.spec.to_data(pipeline.end(begun, last.x))"].join("\n");
     };
     return {
       snippets: () => ({ Python: code() }),
