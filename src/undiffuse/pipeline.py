@@ -1082,7 +1082,7 @@ def find_pipeline(path: str | Path) -> Path:
         raise UndiffuseError(
             f"{path}: a codec makes no samples; train in its latents: undiffuse train DATA --codec {path}"
         )
-    if not path.exists():
+    if not path.exists() and not (Path("runs") / path).exists():
         raise UndiffuseError(f"{path}: no such model; `undiffuse ls` lists the runs")
     if path.is_file():
         raise UndiffuseError(f"{path}: a file; a model is a folder with model.safetensors and pipeline.json")

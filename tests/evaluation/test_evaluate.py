@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,11 @@ from undiffuse import Evaluation, Pipeline, UndiffuseError, comparable, read_eva
 from undiffuse.commands import main
 from undiffuse.commands.evaluate import report
 from undiffuse.data import open_dataset
+from undiffuse.denoiser import TimeLabel
 from undiffuse.evaluation.extraction import FEATURES
 from undiffuse.evaluation.learned import Budget, LearnedClassifier
 from undiffuse.evaluation.report import beside
-from undiffuse.evaluation.samples import class_plan
+from undiffuse.evaluation.samples import Judgeable, class_plan, draw
 from undiffuse.training.held_out import Curve, Probe
 from undiffuse.training.held_out import Evaluation as Point
 
@@ -299,10 +301,77 @@ def test_what_cannot_be_is_refused_in_one_line(model: Path, rows: Rows) -> None:
         "bring both to one size": lambda: undiffuse.evaluate(str(model), "digits", image_size=16, features="pca"),
         "needs probabilities": lambda: undiffuse.evaluate("a.npy", "b.npy", metrics="accuracy"),
         "no data at 'nothing.npy'": lambda: undiffuse.evaluate("a.npy", "nothing.npy"),
+        "no metric is named": lambda: undiffuse.evaluate("a.npy", "b.npy", metrics=""),
+        "^100 of 100 held-out rows are rows of the data: their floor would be no floor$": lambda: undiffuse.evaluate(
+            "a.npy", "b.npy", held_out="b.npy"
+        ),
+        "--weights is for inception": lambda: undiffuse.evaluate("a.npy", "b.npy", weights="w.pth"),
+        "--weights FILE": lambda: undiffuse.evaluate(str(model), "digits", features="inception"),
+        "no such file": lambda: undiffuse.evaluate(str(model), "digits", features="inception", weights="w.pth"),
     }.items():
         with pytest.raises(UndiffuseError, match=message):
             call()
     assert not list(Path().glob("evaluation/*"))  # refused before anything is written
+
+
+def test_samples_that_do_not_fit_are_refused_before_features_are_learned(
+    model: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A classifier of the data takes minutes."""
+
+    def never(*given: object, **named: object) -> None:
+        raise AssertionError("features were made")
+
+    monkeypatch.setattr("undiffuse.evaluation.evaluate.make_features", never)
+    digits = open_dataset("digits").values(range(20))
+    for message, samples in {
+        "no data at 'nowhere'": "nowhere",
+        "samples have shape": rows("wide.npy", np.zeros((20, 9, 8), np.uint8)),
+        "say which range of theirs.*--span 0 1": rows("shares.npy", digits / 17),
+        "samples are uint8 in .0, 1.*--span 0 1": rows("bits.npy", (digits > 8).astype(np.uint8)),
+        "^samples hold NaN": rows("nan.npy", np.where(digits == 16, np.nan, digits)),
+        "has 20 samples, -n 30": rows("few.npy", digits),
+    }.items():
+        with pytest.raises(UndiffuseError, match=message):
+            undiffuse.evaluate(samples, "digits", number=30 if samples == "few.npy" else None)
+    with pytest.raises(UndiffuseError, match="bring both to one size"):
+        undiffuse.evaluate(str(model), "digits", image_size=16)
+    with pytest.raises(AssertionError, match="features were made"):
+        undiffuse.evaluate("bits.npy", "digits", span=(0, 1))
+
+
+def test_a_run_without_a_model_is_no_folder_of_pictures(model: Path, rows: Rows, tmp_path: Path) -> None:
+    """Its previews are pictures, but no samples."""
+    run = tmp_path / "runs" / "young"
+    shutil.copytree(model, run)
+    shutil.rmtree(run / "model")
+    for name in (str(run), "young"):
+        with pytest.raises(UndiffuseError, match="before its first checkpoint"):
+            undiffuse.evaluate(name, "digits", features="pca")
+    (run / "codec.safetensors").touch()
+    with pytest.raises(UndiffuseError, match="a codec makes no samples"):
+        undiffuse.evaluate(str(run), "digits", features="pca")
+
+
+def test_of_more_samples_than_half_of_the_data_so_many_are_compared_and_it_says_so(rows: Rows) -> None:
+    found = undiffuse.evaluate(rows("a.npy", normal(200, 0)), rows("b.npy", normal(300, 1)))
+    assert found.metrics["frechet"]["n"] == 150
+    assert any("150 of the 200 samples" in note and "half of the data" in note for note in found.notes)
+    assert not undiffuse.evaluate("a.npy", "b.npy", number=150).notes
+
+
+def test_samples_that_were_kept_are_those_of_the_same_schedule(model: Path, rows: Rows, tmp_path: Path) -> None:
+    """A folder whose schedule was put right samples anew, though its weights and settings are the same."""
+    data, pipeline = open_dataset("digits"), Pipeline.load(model)
+    config = replace(pipeline.config, label=TimeLabel(1000, -1))
+    other = Pipeline(pipeline.denoiser, config, pipeline.spec, pipeline.sampling, pipeline.info)
+    keys = []
+    for each in (pipeline, other):
+        judged = draw(Judgeable(each, model / "model"), data, 4, keep=tmp_path, sampling=pipeline.settings(steps=1))
+        assert judged is not None
+        keys.append((judged.fingerprint, judged.facts["kept"]))
+    assert keys[0][0] != keys[1][0]
+    assert keys[0][1] != keys[1][1]
 
 
 def test_nan_among_samples_is_refused_with_its_row(rows: Rows) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from undiffuse import UndiffuseError, UndiffuseWarning, from_array
-from undiffuse.evaluation.extraction import extract
+from undiffuse import Examples, UndiffuseError, UndiffuseWarning, from_array, measure
+from undiffuse.evaluation.extraction import extract, make_features, pick, reference_features
 from undiffuse.evaluation.features import Identity, Pixels
 from undiffuse.evaluation.pretrained import CLIP, IMAGENET, DINOv2, shortened, text_features
 
@@ -92,9 +92,28 @@ def test_trap_V11_shortened() -> None:
 
 def test_what_is_not_there_is_never_fetched_or_made_up(folder: Path, tmp_path: Path) -> None:
     data = from_array(pictures())
-    with pytest.raises(UndiffuseError, match=r"name its folder, or allow the download \(download=true\)"):
+    with pytest.raises(UndiffuseError, match=r"name its folder \(--weights FOLDER\), or allow"):
         DINOv2(str(tmp_path / "nothing")).fit(data)
     with pytest.raises(UndiffuseError, match=r"not the weights of a Dinov2Model: \d+ tensors missing"):
         DINOv2(str(folder / "clip")).fit(data)
     with pytest.raises(UndiffuseError, match="prompts need the features clip, these are identity"):
         text_features(Identity(10_000).fit(data), ["a"])
+
+
+def test_captions_are_embedded_with_the_pictures_and_scored(folder: Path, tmp_path: Path) -> None:
+    """What `evaluate --features clip` of a model of texts takes; more prompts than are read at once."""
+    data = from_array(np.resize(pictures(), (300, 40, 40, 3)))
+    data.texts = [("a b c", "d", "q r")[i % 3] for i in range(300)]
+    features = make_features("clip", data, weights=folder / "clip")
+    found = reference_features(features, data, 290, cache=tmp_path)
+    rows = pick(data, 290)
+    expected = torch.cat([text_features(features, [data.texts[i]]) for i in rows[:5]])
+    assert found.texts is not None
+    assert torch.allclose(found.texts[:5], expected, atol=1e-5)
+    again = reference_features(features, data, 290, cache=tmp_path)
+    assert again.texts is not None
+    assert again.texts.equal(found.texts)
+    both = Examples(images=found.features, texts=found.texts)
+    score = measure(both, both)["clip_score"]
+    assert score.n == 145
+    assert score.floor is not None

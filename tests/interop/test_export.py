@@ -310,20 +310,28 @@ def test_the_command_takes_a_folder_of_diffusers_and_a_run_in_latents(
     assert load(tmp_path / "out" / "undiffuse").codec_hash == latent.codec_hash
 
 
-def test_a_card_quotes_evaluations_with_their_floor(tmp_path: Path) -> None:
+def test_a_card_quotes_the_evaluations_of_these_weights_with_their_floor(tmp_path: Path) -> None:
     from undiffuse.interop.card import model_card
 
+    model = made()
+    how = {"solver": "heun", "steps": 7, "guidance_scale": 1.5}
     found = {
         "fingerprint": "abc",
-        "samples": {"n": 1000},
+        "samples": {"n": 1000, "weights": model.fingerprint, **how},
         "features": {"name": "classifier"},
         "data": {"name": "digits"},
         "metrics": {"frechet": {"value": 1.234, "interval": [1.0, 1.5], "floor": 0.5}},
     }
     (tmp_path / "evaluation" / "one").mkdir(parents=True)
     (tmp_path / "evaluation" / "one" / "evaluation.json").write_text(json.dumps(found))
-    card = model_card(made(), run=tmp_path)
+    card = model_card(model, run=tmp_path)
     assert "| frechet | 1.234 | 1 to 1.5 | 0.5 |" in card
+    assert "heun, 7 steps, guidance 1.5, n = 1,000" in card
+    with torch.no_grad():
+        next(model.denoiser.parameters()).add_(1)  # trained on: the figures are of another model
+    other = model_card(model, run=tmp_path)
+    assert "1.234" not in other
+    assert "Not measured" in other
     assert "No license is stated" in card
     assert "license: unknown" in card
 

@@ -54,6 +54,8 @@ def compare(
     against: int = 5_000,
     metric: str | None = None,
     features: str | None = None,
+    weights: AnyPath | None = None,
+    download: bool = False,
     batch_size: int | None = None,
     model_size: Literal["tiny", "small", "base", "large"] | None = None,
     device: str = "auto",
@@ -80,6 +82,8 @@ def compare(
         metric: The figure that the verdict is about: frechet (the default), kid, precision, recall, coverage, accuracy,
             sliced_wasserstein, held_out_loss ...
         features: identity, pca, classifier, autoencoder, inception ... (default: what suits the data).
+        weights: Of inception the file, of dinov2 and clip the folder.
+        download: Fetch these weights, once: nothing is fetched otherwise.
         batch_size: Images an update.
         model_size: tiny, small, base or large.
         device: auto, cpu, cuda, mps.
@@ -106,6 +110,7 @@ def compare(
         "--against": None if against == 5_000 else against,
         "--metric": metric,
         "--features": features,
+        "--weights": weights,
         "--batch-size": batch_size,
         "--model-size": model_size,
         "--device": None if device == "auto" else device,
@@ -113,7 +118,7 @@ def compare(
     words = ["undiffuse", "compare", *recipes]
     words += [word for each in vary for word in ("--vary", each)]
     words += words_of({**given, **checked(reading)})
-    words += [word for each in set for word in ("--set", each)]
+    words += [word for each in set for word in ("--set", each)] + ["--download"] * download
     if experiment is not None:
         chosen = choose("experiment", experiment, EXPERIMENTS)
         if recipes or vary:
@@ -148,6 +153,8 @@ def compare(
             against=against,
             metric=metric,
             features=features,
+            weights=weights,
+            download=download,
             device=device,
             data=data,
             command=shlex.join(words),

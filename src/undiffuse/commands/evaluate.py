@@ -27,6 +27,8 @@ def evaluate(
     samples: Annotated[str, tyro.conf.Positional],
     against: str | None = None,
     features: str | None = None,
+    weights: AnyPath | None = None,
+    download: bool = False,
     number: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None,
     metrics: str | None = None,
     held_out: str | None = None,
@@ -55,6 +57,8 @@ def evaluate(
         against: Real data: anything that train takes.
         features: identity, pca, classifier, autoencoder, inception, inception-clean, dinov2 or clip (default: what
             suits the data).
+        weights: Of inception the file, of dinov2 and clip the folder.
+        download: Fetch these weights, once: nothing is fetched otherwise.
         number: How many samples (default: 2,000 or four times the features, at most half of the data; all of files).
         metrics: Only these, with commas, such as frechet,kid (default: all that fit).
         held_out: Real data that was not trained on, such as mnist-test: the floor is theirs.
@@ -90,6 +94,7 @@ def evaluate(
         raise UndiffuseError(f"say which data to compare with: undiffuse evaluate {samples} --against DATA")
     given = {
         "--features": features,
+        "--weights": weights,
         "-n": number,
         "--metrics": metrics,
         "--held-out": held_out,
@@ -106,17 +111,25 @@ def evaluate(
     }
     words = ["undiffuse", "evaluate", samples, "--against", against, *words_of({**given, **checked(reading)})]
     words += [] if span is None else ["--span", *map(str, span)]
-    words += ["--extrapolate"] * extrapolate + ["--allow-small"] * allow_small
+    words += ["--extrapolate"] * extrapolate + ["--allow-small"] * allow_small + ["--download"] * download
     words += [word for setting in set for word in ("--set", setting)]
     with joined(device) as (team, place):
         model = open_model(samples, place) if is_model(samples) else None
+        theirs: list[str] = []
         if model is not None:  # real items are asked for as they are
             spec = model.pipeline.spec
-            if reading.get("attributes") is None:
-                reading["attributes"] = ",".join(name for name, _ in spec.attributes)
-            if reading.get("numbers") is None:
-                reading["numbers"] = ",".join(name for name, *_ in spec.numbers)
-        data = open_dataset(against, **reading, seed=data_seed)
+            for kind, names in (("attributes", spec.attributes), ("numbers", spec.numbers)):
+                if reading.get(kind) is None:
+                    theirs += (known := [name for name, *_ in names])
+                    reading[kind] = ",".join(known)
+        try:
+            data = open_dataset(against, **reading, seed=data_seed)
+        except UndiffuseError as error:
+            named = [name for name in theirs if f"'{name}'" in str(error)]
+            if not named:
+                raise
+            asked = f"{samples} is asked for {named[0]}, which these data do not say"
+            raise UndiffuseError(f"{asked} ({error}); name data that do, or --attributes '' --numbers ''") from None
         apart = None
         if held_out is not None:
             apart = open_dataset(
@@ -150,6 +163,8 @@ def evaluate(
             source,
             data,
             features=features,
+            weights=weights,
+            download=download,
             number=number,
             metrics=None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()],
             held_out=apart,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -276,6 +277,8 @@ def run_comparison(
     against: int = 5_000,
     metric: str | None = None,
     features: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    download: bool = False,
     device: str = "auto",
     data: str | None = None,
     command: str = "",
@@ -294,6 +297,7 @@ def run_comparison(
         against: How many items of the data they are compared with, half of which at most are set aside for the floor.
         metric: The figure that the verdict is about; by default the Frechet distance.
         features: A name in ``FEATURES``; by default what suits the data.
+        weights, download: Of the features, as for :func:`.make_features`.
         data, command: For the records.
         cache: Where what can be made again is kept.
 
@@ -326,7 +330,8 @@ def run_comparison(
         raise UndiffuseError("the held-out losses of these arms are in different units: choose another --metric")
     out.mkdir(parents=True, exist_ok=True)
     with Lock(out):
-        instrument = Instrument.prepare(dataset, samples, against, features, cache, device)
+        chosen = make_features(features, dataset, weights=weights, download=download, cache=cache, device=device)
+        instrument = Instrument.prepare(dataset, chosen, samples, against, cache)
         instrument.check(main)
         runs = {(arm.name, s): Run(arm.name, s, _folder(out, arm, s), "waiting") for s in range(seeds) for arm in arms}
 
@@ -384,10 +389,9 @@ class Instrument:
 
     @staticmethod
     def prepare(
-        dataset: Dataset, samples: int, against: int, name: str | None, cache: str | Path | None, device: str
+        dataset: Dataset, features: Features, samples: int, against: int, cache: str | Path | None
     ) -> Instrument:
         """Features of the data, and their division."""
-        features = make_features(name, dataset, cache=cache, device=device)
         count = min(against, len(dataset))
         samples = min(samples, count // 2)
         known = reference_features(features, dataset, count, cache=cache)

@@ -37,7 +37,7 @@ from ..training.held_out import HeldOut
 from ..training.recipe import Model, Objective, Recipe, Training
 from .classes import ClassBalance, class_balance
 from .extraction import Extracted, extract, make_features, pick, reference_features
-from .features import Features
+from .features import Features, aligned
 from .memorisation import LEAST, REFERENCE, Memorisation, memorisation
 from .metrics import METRICS, Examples, Figure, fitting, measure
 from .report import Evidence, write_report
@@ -61,6 +61,8 @@ def evaluate_samples(
     data: Dataset,
     *,
     features: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    download: bool = False,
     number: int | None = None,
     metrics: Sequence[str] | None = None,
     held_out: Dataset | None = None,
@@ -82,6 +84,7 @@ def evaluate_samples(
 
     Args:
         features: a name of ``FEATURES``; None: what suits the data.
+        weights, download: of the features, as for :func:`make_features`.
         number: how many samples of a model; None: 2,000, or four times the features if that is more, or half of the
             data if that is less. Of files, at most so many, the first ones.
         metrics: names of ``METRICS``; None: all that fit.
@@ -102,21 +105,29 @@ def evaluate_samples(
     begun, notes = time.monotonic(), []
     for name in metrics or ():
         choose("metric", name, METRICS)
+    if metrics is not None and not metrics:
+        raise UndiffuseError(f"no metric is named; leave --metrics out for all, or choose from: {', '.join(METRICS)}")
     if number is not None and number < 2:
         raise UndiffuseError(f"-n {number}: at least 2 samples are needed")
     model = samples if isinstance(samples, Judgeable) else None
     if model is None and likelihood:
         raise UndiffuseError("--likelihood is of a model, not of samples")
     out = Path(out)
-    chosen, n = None, number
+    chosen, judged, n = None, None, number
     with team.agree():
-        if team.first:
-            chosen = make_features(features, data, cache=cache, device=device)
+        if team.first:  # what does not fit is refused before anything is learned or drawn
+            if held_out is not None:
+                _like(data, held_out)
+            if isinstance(samples, Judgeable):
+                spec = samples.pipeline.spec
+                aligned(spec.to_data(torch.zeros(1, *spec.shape)), spec, data.spec)
+            else:
+                judged = open_samples(samples, data, span)
+                if number is not None and number > len(judged):
+                    raise UndiffuseError(f"{samples}: has {len(judged):,} samples, -n {number:,} were asked for")
+            chosen = make_features(features, data, weights=weights, download=download, cache=cache, device=device)
             if model is not None:
-                blank = model.pipeline.spec.to_data(torch.zeros(1, *model.pipeline.spec.shape))
-                chosen.aligned(blank, model.pipeline.spec)  # refuses other sizes and units before anything is drawn
                 n = number or sensible(chosen, len(data if held_out is None else held_out), held_out is None)
-    judged = None
     if model is not None:
         n = team.tell(n)
         judged = draw(
@@ -125,13 +136,10 @@ def evaluate_samples(
     if not team.first:  # it has drawn its share; the rest is done by one
         return Evaluation(**team.tell())
     assert chosen is not None
-    if judged is None:
-        assert not isinstance(samples, Judgeable)
-        judged = open_samples(samples, chosen, data, span)
-    count = len(judged)
-    some = np.arange(count if number is None else min(number, count))
-    if number is not None and number > count:
-        raise UndiffuseError(f"{samples}: has {count:,} samples, -n {number:,} were asked for")
+    assert judged is not None
+    if missing := judged.facts.get("missing"):
+        notes.append(f"the data do not say {', '.join(missing)}, which the model takes: it was not asked for that")
+    some = np.arange(len(judged) if number is None else number)
     drawn = extract(chosen, judged.source, some, span=span)
     labels = None if judged.labels is None else judged.labels[some]
     reference = min(len(data), MOST_DATA)
@@ -139,7 +147,7 @@ def evaluate_samples(
         notes.append(f"{reference:,} of {len(data):,} items of the data were drawn at random; the others play no part")
     indices = pick(data, reference)
     real = reference_features(chosen, data, reference, cache=cache)
-    other = None if held_out is None else extract(chosen, _like(chosen, held_out))
+    other = None if held_out is None else extract(chosen, held_out)
 
     these = _examples(chosen, judged, some, drawn, labels)
     those = _examples(chosen, data, indices, real, _labels(real))
@@ -148,6 +156,10 @@ def evaluate_samples(
         theirs = _relabelled(held_out, data) if held_out.labels is not None else None
         apart = _examples(chosen, held_out, np.arange(len(held_out)), other, theirs)
     figures, refused = _figures(these, those, apart, metrics, extrapolate, allow_small)
+    n = next(iter(figures.values())).n
+    if n < len(drawn):
+        most = "half of the data" if held_out is None else "the held-out items"
+        notes.append(f"{n:,} of the {len(drawn):,} samples, drawn at random, are compared: at most as many as {most}")
 
     parts = None if model is None else model.parts(data)
     repeated, pairs = _memorisation(chosen, judged, some, drawn, data, indices, real, other, parts, model, notes)
@@ -255,20 +267,26 @@ def _examples(
     vectors = None
     if features.spec.kind in ("points", "array") and math.prod(features.spec.shape) <= LOW:
         vectors = source.values(which).reshape(len(which), -1)
-    return Examples(features=found.features, vectors=vectors, probabilities=found.probabilities, labels=labels)
+    return Examples(
+        features=found.features,
+        vectors=vectors,
+        probabilities=found.probabilities,
+        labels=labels,
+        images=None if found.texts is None else found.features,
+        texts=found.texts,
+    )
 
 
 def _labels(found: Extracted) -> np.ndarray | None:
     return None if found.labels is None else found.labels.numpy()
 
 
-def _like(features: Features, held_out: Dataset) -> Dataset:
-    """Refuses held-out data of another shape before any work."""
-    if held_out.spec.shape != features.spec.shape:
+def _like(data: Dataset, held_out: Dataset) -> None:
+    """Refuses held-out data of another shape."""
+    if held_out.spec.shape != data.spec.shape:
         raise UndiffuseError(
-            f"--held-out {held_out.name} is of shape {list(held_out.spec.shape)}, the data {list(features.spec.shape)}"
+            f"--held-out {held_out.name} is of shape {list(held_out.spec.shape)}, the data {list(data.spec.shape)}"
         )
-    return held_out
 
 
 def _relabelled(source: Dataset, target: Dataset) -> np.ndarray | None:
@@ -300,9 +318,9 @@ def _figures(
             if metrics is not None or len(samples) < 2:
                 raise
             remedy = "; take more samples (-n), features of fewer dimensions (--features), or --allow-small"
-            refused[name] = str(error).partition(": give")[0] + (remedy if "rows" in str(error) else "")
+            refused[name] = str(error).partition(": give")[0] + (remedy if ": give" in str(error) else "")
     if not figures:
-        raise UndiffuseError("; ".join(refused.values()))
+        raise UndiffuseError("; ".join(dict.fromkeys(refused.values())))
     return figures, refused
 
 

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -17,14 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..cache import cache_file
-from ..data import Dataset, open_dataset
+from ..data import Dataset, DataSpec, open_dataset
 from ..data.base import digest, positions
 from ..errors import UndiffuseError, UndiffuseWarning, choose
 from ..weights import read_header, read_weights, write_weights
 from .features import PCA, Extractor, Features, Identity
 from .inception import Inception
 from .learned import LearnedAutoencoder, LearnedClassifier
-from .pretrained import CLIP, DINOv2
+from .pretrained import CLIP, CLIPNetwork, DINOv2, text_features
 
 FEATURES: dict[str, Extractor] = {
     "identity": Identity(),
@@ -50,10 +50,28 @@ def default_features(reference: Dataset) -> str:
 
 
 def make_features(
-    name: str | None, reference: Dataset, *, cache: str | os.PathLike[str] | None = None, device: str = "cpu"
+    name: str | None,
+    reference: Dataset,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
 ) -> Features:
-    """``FEATURES[name]`` for data like ``reference``; ``None`` takes :func:`default_features`."""
-    return choose("features", name or default_features(reference), FEATURES).fit(reference, cache, device)
+    """``FEATURES[name]`` for data like ``reference``; ``None`` takes :func:`default_features`.
+
+    ``weights``   the file of Inception's, the folder of DINOv2's or CLIP's
+    ``download``   those may be fetched from their usual address, once
+    """
+    name = name or default_features(reference)
+    chosen = choose("features", name, FEATURES)
+    if weights is not None or download:
+        if not isinstance(chosen, (Inception, DINOv2, CLIP)):
+            given = "--download" if weights is None else "--weights"
+            raise UndiffuseError(f"{given} is for inception, dinov2 and clip: the features {name} are made of the data")
+        chosen = replace(chosen, download=download)
+        chosen = chosen if weights is None else replace(chosen, weights=os.fspath(weights))
+    return chosen.fit(reference, cache, device)
 
 
 # --- which items ------------------------------------------------------------------------------------------------------
@@ -111,12 +129,14 @@ class Extracted:
     """Features float32 ``[N, D]``, class probabilities float32 ``[N, K]`` or None, and labels int64 ``[N]`` or None.
 
     ``fingerprint``   of the items, their plan and the features; "" for what is not a data set
+    ``texts``   the captions in the space of the features, float32 ``[N, D]``, where these read and there are any
     """
 
     features: Tensor
     probabilities: Tensor | None
     labels: Tensor | None
     fingerprint: str = ""
+    texts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.features)
@@ -137,7 +157,7 @@ def batches(
         ``.npy`` file of one; or whatever else :func:`open_dataset` opens, such as a folder of images
     ``indices``   which items, all by default
     """
-    source = opened(features, source)
+    source = opened(features.spec, source)
     if not isinstance(source, Dataset):
         values, spec = features.described(source, span)
         read = values.__getitem__
@@ -170,7 +190,7 @@ def extract(
     span: tuple[float, float] | None = None,
 ) -> Extracted:
     """All of :func:`batches` in memory, with the labels of a labelled data set."""
-    source = opened(features, source)
+    source = opened(features.spec, source)
     count = -(-len(source if indices is None else indices) // features.batch_size)
     bar = {"desc": f"{features.name} features", "unit": "batch", "leave": False, "mininterval": 0.5}
     parts = list(tqdm(batches(features, source, indices, span=span), total=count, disable=None, **bar))
@@ -181,21 +201,26 @@ def extract(
     labels = source.labels if isinstance(source, Dataset) else None
     if labels is not None and indices is not None:
         labels = labels[indices]
+    captions = None
+    if isinstance(source, Dataset) and isinstance(features.network, CLIPNetwork):
+        captions = source.captions(range(len(source)) if indices is None else indices)
     where = b"all" if indices is None else np.asarray(indices, np.int64).tobytes()
     return Extracted(
         every,
         torch.cat(probabilities) if probabilities else None,
         None if labels is None else torch.from_numpy(np.ascontiguousarray(labels)),
         digest(features.fingerprint, source.fingerprint, where) if isinstance(source, Dataset) else "",
+        None if captions is None else text_features(features, captions),
     )
 
 
-def opened(features: Features, source: Source) -> Dataset | np.ndarray:
-    """``source`` as a data set or an array. A folder's pictures get the channels of the data, never another size."""
+def opened(spec: DataSpec, source: Source) -> Dataset | np.ndarray:
+    """``source``, to be held against data of ``spec``, as a data set or an array. A folder's pictures get the channels
+    of the data, never another size."""
     if isinstance(source, (Dataset, np.ndarray)):
         return source
     if Path(source).suffix.lower() != ".npy":
-        return open_dataset(source, channels=features.spec.channels if features.spec.kind == "image" else None)
+        return open_dataset(source, channels=spec.channels if spec.kind == "image" else None)
     try:
         return np.load(Path(source).expanduser(), mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -222,20 +247,20 @@ def reference_features(
     changed nothing old is found (trap V8). A damaged file is made again.
     """
     indices = pick(data, count, plan, seed)
-    key = digest("reference 1", features.fingerprint, data.fingerprint, indices.tobytes())
+    key = digest("reference 2", features.fingerprint, data.fingerprint, indices.tobytes())
     path = cache_file(cache, f"reference-{key}.safetensors")
     labels = None if data.labels is None else torch.from_numpy(data.labels[indices])
     if path.is_file():
         try:
             if read_header(path).metadata.get("key") == key:
                 kept = read_weights(path)
-                return Extracted(kept["features"], kept.get("probabilities"), labels, key)
+                return Extracted(kept["features"], kept.get("probabilities"), labels, key, kept.get("texts"))
         except (UndiffuseError, SafetensorError, KeyError) as error:
             warnings.warn(f"{error}: it is made again", UndiffuseWarning, stacklevel=2)
     found = extract(features, data, indices)
     tensors = {"features": found.features}
-    if found.probabilities is not None:
-        tensors["probabilities"] = found.probabilities
+    tensors |= {} if found.probabilities is None else {"probabilities": found.probabilities}
+    tensors |= {} if found.texts is None else {"texts": found.texts}
     if sum(tensor.nbytes for tensor in tensors.values()) <= LARGEST_KEPT:
         write_weights(path, tensors, {"key": key, "features": features.name, "data": data.name})
-    return Extracted(found.features, found.probabilities, labels, key)
+    return replace(found, labels=labels, fingerprint=key)

@@ -168,75 +168,86 @@ class Features:
         return torch.cat([self.run(self.aligned(part, source))[0] for part in parts] or [torch.empty(0, self.dim)])
 
     def described(self, values: np.ndarray, span: tuple[float, float] | None) -> tuple[np.ndarray, DataSpec]:
-        """``values`` and their spec. Whole numbers are in the units of the data; real ones are if the data are real.
-
-        ``span``   the range of real values that stand for bounded data: (0, 1), (-1, 1), (0, 255) ... Without it they
-            must reach exactly from 0 to 1 or from -1 to 1: a range that is guessed makes wrong pictures.
-        """
-        values, spec = np.asarray(values), self.spec
-        for layout in dict.fromkeys([spec.layout, *_layouts(spec)]):
-            source = replace(spec, layout=layout)
-            if values.shape[1:] == source.original_shape and values.ndim:
-                break
-        else:
-            wanted = ", ".join(["N", *map(str, spec.original_shape)])
-            raise UndiffuseError(f"samples have shape {list(values.shape)}, the data need [{wanted}]")
-        if not values.size:
-            raise UndiffuseError(f"no samples: the array has shape {list(values.shape)}")
-        if values.dtype.kind not in "buif":
-            raise UndiffuseError(f"samples of dtype {values.dtype} are no numbers")
-        if _sort(values.dtype) != _sort(np.dtype(spec.dtype)) or span is not None:
-            source = replace(source, dtype=values.dtype.name, **_units(values, spec, span))
-        return values, source
+        """:func:`described` against these data."""
+        return described(values, self.spec, span)
 
     def aligned(self, values: np.ndarray, source: DataSpec) -> np.ndarray:
-        """``values`` of ``source`` in the units, dtype and layout of the data: ``[B, *spec.original_shape]``.
+        """:func:`aligned` to these data."""
+        return aligned(values, source, self.spec)
 
-        Bounds are mapped to bounds, and integers rounded: pictures as floats and as 8 bits are the same afterwards
-        (traps V3 and V9). Raises :class:`UndiffuseError` for another shape or kind; sizes are never changed here.
-        """
-        spec = self.spec
-        if source.shape != spec.shape:
-            raise UndiffuseError(
-                f"samples are {_words(source)}, the data {_words(spec)}: bring both to one size and number of channels "
-                "(--image-size, --channels)"
+
+# --- one door ---------------------------------------------------------------------------------------------------------
+
+
+def described(values: np.ndarray, spec: DataSpec, span: tuple[float, float] | None) -> tuple[np.ndarray, DataSpec]:
+    """``values`` and their spec, beside data of ``spec``. Whole numbers are in the units of the data; real ones are if
+    the data are real.
+
+    ``span``   the range of real values that stand for bounded data: (0, 1), (-1, 1), (0, 255) ... Without it they
+        must reach exactly from 0 to 1 or from -1 to 1: a range that is guessed makes wrong pictures.
+    """
+    values = np.asarray(values)
+    for layout in dict.fromkeys([spec.layout, *_layouts(spec)]):
+        source = replace(spec, layout=layout)
+        if values.shape[1:] == source.original_shape and values.ndim:
+            break
+    else:
+        wanted = ", ".join(["N", *map(str, spec.original_shape)])
+        raise UndiffuseError(f"samples have shape {list(values.shape)}, the data need [{wanted}]")
+    if not values.size:
+        raise UndiffuseError(f"no samples: the array has shape {list(values.shape)}")
+    if values.dtype.kind not in "buif":
+        raise UndiffuseError(f"samples of dtype {values.dtype} are no numbers")
+    if _sort(values.dtype) != _sort(np.dtype(spec.dtype)) or span is not None:
+        source = replace(source, dtype=values.dtype.name, **_units(values, spec, span))
+    return values, source
+
+
+def aligned(values: np.ndarray, source: DataSpec, spec: DataSpec) -> np.ndarray:
+    """``values`` of ``source`` in the units, dtype and layout of the data: ``[B, *spec.original_shape]``.
+
+    Bounds are mapped to bounds, and integers rounded: pictures as floats and as 8 bits are the same afterwards
+    (traps V3 and V9). Raises :class:`UndiffuseError` for another shape or kind; sizes are never changed here.
+    """
+    if source.shape != spec.shape:
+        raise UndiffuseError(
+            f"samples are {_words(source)}, the data {_words(spec)}: bring both to one size and number of channels "
+            "(--image-size, --channels)"
+        )
+    values = np.asarray(values)
+    if source.layout != spec.layout:
+        values = _to_layout(values, source.layout, spec.layout).reshape(len(values), *spec.original_shape)
+    want = np.dtype(spec.dtype)
+    whole = values.dtype.kind in "bui"
+    if source.low is None or source.high is None or spec.low is None or spec.high is None:
+        if whole != (want.kind in "bui") or (source.low is None) > (spec.low is None):
+            raise UndiffuseError(f"samples are {_units_of(source)}, the data {_units_of(spec)}: say how they relate")
+        return values.astype(want, copy=False)  # unbounded data are in their original units
+    within = spec.low <= source.low and source.high <= spec.high
+    if (whole and values.dtype == want and within) or (source.low, source.high) == (spec.low, spec.high):
+        mapped = values  # the bounds of whole numbers are measured: darker samples are in the same units
+    else:
+        share = (values.astype(np.float64) - source.low) / (source.high - source.low)
+        mapped = spec.low + share * (spec.high - spec.low)
+    if want.kind == "f":
+        if whole:
+            warnings.warn(
+                f"samples of {source.dtype} are compared with data of {spec.dtype}: the rounding counts as a fault",
+                UndiffuseWarning,
+                stacklevel=3,
             )
-        values = np.asarray(values)
-        if source.layout != spec.layout:
-            values = _to_layout(values, source.layout, spec.layout).reshape(len(values), *spec.original_shape)
-        want = np.dtype(spec.dtype)
-        whole = values.dtype.kind in "bui"
-        if source.low is None or source.high is None or spec.low is None or spec.high is None:
-            if whole != (want.kind in "bui") or (source.low is None) > (spec.low is None):
-                raise UndiffuseError(
-                    f"samples are {_units_of(source)}, the data {_units_of(spec)}: say how they relate"
-                )
-            return values.astype(want, copy=False)  # unbounded data are in their original units
-        within = spec.low <= source.low and source.high <= spec.high
-        if (whole and values.dtype == want and within) or (source.low, source.high) == (spec.low, spec.high):
-            mapped = values  # the bounds of whole numbers are measured: darker samples are in the same units
-        else:
-            share = (values.astype(np.float64) - source.low) / (source.high - source.low)
-            mapped = spec.low + share * (spec.high - spec.low)
-        if want.kind == "f":
-            if whole:
-                warnings.warn(
-                    f"samples of {source.dtype} are compared with data of {spec.dtype}: the rounding counts as a fault",
-                    UndiffuseWarning,
-                    stacklevel=3,
-                )
-            return mapped.astype(want, copy=False)
-        if not np.isfinite(mapped).all():
-            raise UndiffuseError("samples hold NaN or infinite values")
-        over = 0.5 if mapped.dtype.kind == "f" else 0
-        if mapped.min() < spec.low - over or mapped.max() > spec.high + over:
-            raise UndiffuseError(
-                f"samples leave their range [{source.low:g}, {source.high:g}]: they span "
-                f"[{values.min():g}, {values.max():g}]; clip them, or say another span"
-            )
-        if mapped.dtype.kind == "f":
-            mapped = np.floor(np.clip(mapped, spec.low, spec.high) + 0.5)
         return mapped.astype(want, copy=False)
+    if not np.isfinite(mapped).all():
+        raise UndiffuseError("samples hold NaN or infinite values")
+    over = 0.5 if mapped.dtype.kind == "f" else 0
+    if mapped.min() < spec.low - over or mapped.max() > spec.high + over:
+        raise UndiffuseError(
+            f"samples leave their range [{source.low:g}, {source.high:g}]: they span "
+            f"[{values.min():g}, {values.max():g}]; clip them, or say another --span"
+        )
+    if mapped.dtype.kind == "f":
+        mapped = np.floor(np.clip(mapped, spec.low, spec.high) + 0.5)
+    return mapped.astype(want, copy=False)
 
 
 def _sort(dtype: np.dtype) -> str:
@@ -244,15 +255,22 @@ def _sort(dtype: np.dtype) -> str:
     return "whole" if dtype.kind in "ui" else dtype.kind
 
 
+def units_unknown(values: np.ndarray, spec: DataSpec) -> UndiffuseError:
+    """The error for samples whose range says nothing of their units."""
+    return UndiffuseError(
+        f"samples are {values.dtype} in [{values.min():g}, {values.max():g}], the data {_units_of(spec)}: say which "
+        "range of theirs stands for it, such as --span 0 1 (span=(0, 1))"
+    )
+
+
 def _units(values: np.ndarray, spec: DataSpec, span: tuple[float, float] | None) -> dict:
     """The bounds, shift and scale of a source of ``values`` for data of ``spec``."""
     if span is None:
         low, high = (float(values.min()), float(values.max())) if spec.bounded else (0.0, 0.0)
+        if not np.isfinite([low, high]).all():
+            raise UndiffuseError("samples hold NaN or infinite values")
         if (low, high) not in ((0.0, 1.0), (-1.0, 1.0)):
-            raise UndiffuseError(
-                f"samples are {values.dtype} in [{values.min():g}, {values.max():g}], the data {_units_of(spec)}: "
-                "say which range of theirs stands for it, such as span=(0, 1)"
-            )
+            raise units_unknown(values, spec)
         span = low, high
     if not (len(span) == 2 and np.isfinite(span).all() and span[0] < span[1]):
         raise UndiffuseError(f"span={span} must be two finite numbers in order, such as (0, 1)")

@@ -259,7 +259,7 @@ class Inception(Extractor):
     def fit(self, reference: Dataset, cache: str | os.PathLike[str] | None = None, device: str = "cpu") -> Features:
         if self.weights is None and not self.download:
             raise UndiffuseError(
-                f"inception needs its weights (95 MB): name the file, or allow its download; {ADDRESS}"
+                f"inception needs its weights (95 MB): name the file (--weights FILE), or allow --download of {ADDRESS}"
             )
         file = download_inception(cache) if self.weights is None else Path(self.weights).expanduser()
         network = load_inception(file, self.dim)

@@ -21,6 +21,9 @@ from .features import Extractor, Features, Pixels
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
+TOGETHER = 256
+"""Prompts that are read at once."""
+
 
 def load_pretrained(kind: str, weights: str, download: bool) -> Any:
     """``transformers.<kind>.from_pretrained(weights)``: safetensors only, and every tensor of the model must be there.
@@ -36,7 +39,7 @@ def load_pretrained(kind: str, weights: str, download: bool) -> Any:
         model, info = getattr(transformers, kind).from_pretrained(weights, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        remedy = "" if download else "; name its folder, or allow the download (download=true)"
+        remedy = "" if download else "; name its folder (--weights FOLDER), or allow the download (--download)"
         raise UndiffuseError(f"{weights}: cannot be loaded as a {kind} ({reason}){remedy}") from None
     missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if missing:
@@ -98,6 +101,10 @@ class CLIPNetwork(nn.Module):
                 UndiffuseWarning,
                 stacklevel=2,
             )
+        return torch.cat([self._read(rows[i : i + TOGETHER], end) for i in range(0, len(rows), TOGETHER)])
+
+    def _read(self, rows: Sequence[list[int]], end: int) -> Tensor:
+        """Rows of tokens, filled up behind their end token."""
         longest = max(map(len, rows))
         place = self.model.logit_scale.device
         ids = torch.tensor([row + [end] * (longest - len(row)) for row in rows], device=place)
@@ -118,10 +125,13 @@ def shortened(rows: Sequence[Sequence[int]], limit: int, end: int) -> tuple[list
 @final
 @dataclass(frozen=True)
 class CLIP(Extractor):
-    """The image embeddings of CLIP (Radford et al. 2021)."""
+    """The image embeddings of CLIP (Radford et al. 2021).
+
+    ``size``   to which pictures are resized; None: that of the model
+    """
 
     weights: str = "openai/clip-vit-large-patch14"
-    size: int = 224
+    size: int | None = None
     download: bool = False
 
     def fit(self, reference: Dataset, cache: str | os.PathLike[str] | None = None, device: str = "cpu") -> Features:
@@ -132,9 +142,9 @@ class CLIP(Extractor):
             tokenizer = CLIPTokenizer.from_pretrained(self.weights, local_files_only=not self.download)
         except (OSError, ValueError) as error:
             raise UndiffuseError(f"{self.weights}: no tokenizer ({' '.join(str(error).split())[:150]})") from None
-        network = CLIPNetwork(model, tokenizer)
-        name = f"clip/{os.path.basename(self.weights.rstrip('/'))}/pil-bicubic-{self.size}"
-        prepare = _prepare(self.size, OPENAI)
+        network, size = CLIPNetwork(model, tokenizer), self.size or int(model.config.vision_config.image_size)
+        name = f"clip/{os.path.basename(self.weights.rstrip('/'))}/pil-bicubic-{size}"
+        prepare = _prepare(size, OPENAI)
         return Features(name, reference.spec, prepare, network, network.dim, 32, device, {"weights": self.weights})
 
 

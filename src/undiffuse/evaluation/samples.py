@@ -14,6 +14,7 @@ from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 from tqdm import tqdm
 
 from ..asking import Sampling
+from ..codecs import FILE as CODEC
 from ..config import from_json, load_json, to_json, write_bytes_atomic
 from ..data import DATASETS, Dataset, columns
 from ..data.base import ArrayDataset, digest
@@ -25,7 +26,7 @@ from ..training.draws import told
 from ..training.held_out import divide
 from ..training.recipe import Recipe
 from .extraction import PLANS, opened, pick
-from .features import Features
+from .features import Features, aligned, described, units_unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +84,15 @@ class Judgeable:
 
 
 def is_model(path: str | os.PathLike[str]) -> bool:
-    """Whether this names a model: a folder of one, a run folder, or a run in ./runs (but no data set)."""
+    """Whether this names a model: a folder of one, a run folder, or a run in ./runs (but no data set). Raises for a run
+    that has none: its previews are no samples."""
     folders = [Path(path)] + ([] if str(path) in DATASETS or Path(path).exists() else [Path("runs") / path])
-    return any(is_pipeline(folder / inner) for folder in folders for inner in ("", "model"))
+    places = [folder / inner for folder in folders for inner in ("", "model")]
+    if any(is_pipeline(place) for place in places):
+        return True
+    if any((place / name).is_file() for place in places for name in ("status.json", CODEC)):
+        find_pipeline(os.fspath(path))  # says why it is none
+    return False
 
 
 def open_model(path: str | os.PathLike[str], device: str) -> Judgeable:
@@ -134,6 +141,8 @@ class Asked:
     ``plan``, ``said``   for the report, None where there is no choice
     ``classes``, ``cond``   as :meth:`.Pipeline.draw` takes them
     ``labels``   the classes of the data that the samples should be of, int64 ``[N]``, where that is known
+    ``texts``   the captions that they are asked for ``[N]``
+    ``missing``   what the model could be asked for, and the data do not say
     """
 
     plan: str | None
@@ -141,6 +150,8 @@ class Asked:
     classes: list[int] | None = None
     cond: dict[str, torch.Tensor] | None = None
     labels: np.ndarray | None = None
+    texts: tuple[str, ...] | None = None
+    missing: tuple[str, ...] = ()
 
     @property
     def content(self) -> str:
@@ -166,14 +177,15 @@ def ask(model: Pipeline, data: Dataset, n: int, plan: str, source: Dataset | Non
     items = translated(model, source, n)
     _, rows = told(conditions, items, range(len(items)))
     rows = {name: values for name, values in rows.items() if name in conditions.asked}
-    missing = [name for name in conditions.asked if name not in rows]
+    missing = tuple(name for name in conditions.asked if name not in rows)
     of = f"what is known of {len(items):,} {'items of the data' if source is data else 'held-out items'}"
     said = f"{of}: {', '.join(rows)}" if rows else "nothing in particular"
     said += f" (these data have no {', '.join(missing)})" if missing else ""
-    labels = None
+    each, labels = np.arange(n) % len(items), None
     if "classes" in rows and (known >= 0).all():
-        labels = known[rows["classes"].numpy()[np.arange(n) % len(items)]]
-    return Asked("items", said, None, rows, labels)
+        labels = known[rows["classes"].numpy()[each]]
+    texts = items.captions(each) if "text" in rows else None
+    return Asked("items", said, None, rows, labels, None if texts is None else tuple(texts), missing)
 
 
 def translated(pipeline: Pipeline, data: Dataset, most: int) -> ArrayDataset:
@@ -215,9 +227,12 @@ def draw(
     asked = ask(pipeline, data, n, plan, None if parts is None else parts[1])
     more = [asked.content] * (asked.cond is not None)
     stated = to_json(settings, REGISTRIES)
-    made = digest(pipeline.fingerprint, repr(stated), repr((seed, asked.classes)), *more)[:16]
+    config = pipeline.config
+    meaning = [to_json(part, REGISTRIES) for part in (config.schedule, config.prediction, config.label)]
+    of = digest(pipeline.fingerprint, repr(meaning), repr(config.input_scale), pipeline.spec.stated)
+    made = digest(of, repr(stated), repr((seed, asked.classes)), *more)[:16]
     what = repr((seed, n, asked.classes))
-    key = digest("samples 1", pipeline.fingerprint, repr(stated), what, str(pipeline.device.type), *more)
+    key = digest("samples 2", of, repr(stated), what, str(pipeline.device.type), *more)
     # Refuses what cannot be sampled, before any file.
     pipeline.begin(1, seed=seed, classes=asked.classes, cond=asked.cond, sampling=settings)
     path = keep / f"samples-{key[:16]}.npy"
@@ -236,10 +251,12 @@ def draw(
         "seed": seed,
         "plan": asked.plan,
         "plan_in_words": asked.said,
+        "missing": list(asked.missing),
         "kept": str(path),
     }
     values = np.load(path, mmap_mode="r", allow_pickle=False)
     known = ArrayDataset(pipeline.spec, values, None, name=str(model.folder), content=key)
+    known.texts = asked.texts
     return Judged(known, asked.labels, facts, made)
 
 
@@ -288,19 +305,26 @@ def _draw(
 # --- samples that are there -------------------------------------------------------------------------------------------
 
 
-def open_samples(
-    source: str | os.PathLike[str], features: Features, data: Dataset, span: tuple[float, float] | None = None
-) -> Judged:
+def open_samples(source: str | os.PathLike[str], data: Dataset, span: tuple[float, float] | None = None) -> Judged:
     """Samples in a folder, an array file, or whatever else ``train`` takes; with classes where they say of which they
-    are, and the data know these."""
-    found = opened(features, str(source))
+    are, and the data know these. Refuses those of another shape, or in units that nobody has said."""
+    found = opened(data.spec, str(source))
     labels, content = None, ""
     if isinstance(found, Dataset):
+        if span is not None:
+            raise UndiffuseError(f"{source}: --span is for bare arrays (.npy), these samples say their own range")
+        aligned(found.values(range(1)), found.spec, data.spec)
         content = found.fingerprint
         names = {name: k for k, name in enumerate(data.spec.classes)}
         if found.labels is not None and data.labels is not None and set(found.spec.classes) <= set(names):
             labels = np.array([names[name] for name in found.spec.classes])[found.labels]
     else:
+        values, spec = described(found, data.spec, span)
+        aligned(values[:1], spec, data.spec)
+        if values.dtype.kind in "ui" and spec.low is not None and spec.high is not None and span is None:
+            filled = float(values.max()) - float(values.min())
+            if 16 * filled <= spec.high - spec.low:  # as truth values among pictures of 8 bits do
+                raise units_unknown(values, data.spec)
         rows = 1 + (1 << 24) // max(1, found[:1].nbytes)
         parts = (np.ascontiguousarray(found[i : i + rows]).tobytes() for i in range(0, len(found), rows))
         content = digest(str(found.dtype), repr(found.shape), *parts)

@@ -53,7 +53,7 @@ def model_card(
     if license is None:
         parts += ["**No license is stated**: ask the author before you use it.", ""]
     parts += ["## How to sample", "", *usage(pipeline, diffusers), ""]
-    found = evaluations(run)
+    found = evaluations(run, pipeline.fingerprint)
     if found:
         parts += ["## How good it is", "", *found, ""]
     else:
@@ -116,17 +116,20 @@ def usage(pipeline: Pipeline, diffusers: str | None) -> list[str]:
             "images = pipeline(4).images", "```"]  # fmt: skip
 
 
-def evaluations(run: Path | None) -> list[str]:
-    """The figures of the evaluations in a run's folder, each with its interval, floor and fingerprint."""
+def evaluations(run: Path | None, weights: str) -> list[str]:
+    """The figures of the evaluations of these very ``weights`` in a run's folder, each with its interval, floor and
+    fingerprint; those of earlier weights are of another model."""
     lines = []
     for path in sorted(run.glob("evaluation/*/evaluation.json")) if run is not None else ():
         try:
             found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-            made = (
-                f"n = {found['samples']['n']:,}, {found['features']['name']} features, against {found['data']['name']}"
-            )
+            made = found["samples"]
+            if made.get("weights") != weights:
+                continue
             lines += [
-                f"{made} (fingerprint {found['fingerprint']}):",
+                f"{made['solver']}, {made['steps']} steps, guidance {made['guidance_scale']:g}, n = {made['n']:,}, "
+                f"{found['features']['name']} features, against {found['data']['name']} (fingerprint "
+                f"{found['fingerprint']}):",
                 "",
                 "| | value | 95 % | real data |",
                 "|---|---|---|---|",
