@@ -1057,7 +1057,7 @@ def is_foreign(path: str | Path) -> bool:
     name on the Hugging Face Hub of which there is nothing here."""
     folder = Path(path)
     if folder.is_dir():
-        return (folder / "model_index.json").exists()
+        return (folder / "model_index.json").exists() and not (folder / "undiffuse" / "pipeline.json").is_file()
     if folder.is_file():
         return folder.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
     here = (Path("runs") / folder).exists() or folder.parent.exists() or folder.parent == Path("runs")
@@ -1073,9 +1073,10 @@ def is_pipeline(folder: Path) -> bool:
 
 
 def find_pipeline(path: str | Path) -> Path:
-    """The pipeline folder that ``path`` means: itself, the ``model/`` of a run folder, or of a run in ./runs."""
+    """The pipeline folder that ``path`` means: itself, the ``model/`` of a run folder, or of a run in ./runs, or the
+    ``undiffuse/`` in a folder that was exported for diffusers."""
     path = Path(path)
-    for folder in (path, path / "model", Path("runs") / path / "model"):
+    for folder in (path / "undiffuse", path, path / "model", Path("runs") / path / "model"):
         if is_pipeline(folder):
             return folder
     if any((folder / FILE).is_file() for folder in (path, path / "model", Path("runs") / path / "model")):

@@ -184,6 +184,33 @@ def test_diffusers_own_pipeline_makes_pictures(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "model" / "model_index.json").read_text())["_diffusers_version"]
 
 
+@pytest.mark.parametrize(("classes", "family"), [(0, "ddpm_unet"), (2, "ddpm_unet"), (3, "unet")])
+def test_the_code_on_a_card_runs(classes: int, family: str, tmp_path: Path) -> None:
+    """A card is read by people who have nothing else."""
+    network: dict[str, Any] = {"widths": [8], "blocks": [1], "attention": []} if family == "unet" else {}
+    pipeline = made(classes=classes, family=family, **network)
+    pipeline = Pipeline(pipeline.denoiser, pipeline.config, pipeline.spec, Sampling(Euler(), steps=1), {})
+    folder = save_diffusers(pipeline, tmp_path / "model")
+    *_, card = (folder / "README.md").read_text().split("## How to sample")
+    blocks = [block.split("```")[0] for block in card.split("```python")[1:]]
+    assert len(blocks) == (2 if classes else 1)
+    for code in blocks:
+        said: dict[str, Any] = {}
+        exec(code.replace("FOLDER", str(folder)).replace("pipeline(4)", "pipeline(4, num_inference_steps=1)"), said)
+        assert len(said["images"]) == 4
+
+
+def test_what_was_exported_for_diffusers_loads_here_and_goes_on(tmp_path: Path) -> None:
+    pipeline = made(classes=3)
+    folder = save_diffusers(pipeline, tmp_path / "model")
+    again = Pipeline.load(folder)
+    assert torch.equal(again.draw(2, classes=[1]), pipeline.draw(2, classes=[1]))
+    other = save_diffusers(again, tmp_path / "again")
+    for path in (path for path in sorted(folder.rglob("*")) if path.is_file()):
+        assert path.read_bytes() == (other / path.relative_to(folder)).read_bytes()
+    assert main(["evaluate", str(folder), "--against", "digits"]) == 2  # a model, whose size does not fit
+
+
 @pytest.mark.parametrize("family", ["ddpm_unet", "unet"])
 def test_what_diffusers_lacks_comes_with_a_pipeline(family: str, tmp_path: Path) -> None:
     network: dict[str, Any] = {"widths": [8], "blocks": [1], "attention": []} if family == "unet" else {}
@@ -268,7 +295,7 @@ def test_the_command_writes_a_card_a_picture_and_says_how_to_load(
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n")
     assert "LinearBetas" in card
-    assert "Not measured" in card
+    assert "Nothing was measured" in card
     assert (tmp_path / "out" / "samples.png").read_bytes().startswith(b"\x89PNG")
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out")]) == 2
     assert "something else" in capsys.readouterr().err
@@ -331,7 +358,7 @@ def test_a_card_quotes_the_evaluations_of_these_weights_with_their_floor(tmp_pat
         next(model.denoiser.parameters()).add_(1)  # trained on: the figures are of another model
     other = model_card(model, run=tmp_path)
     assert "1.234" not in other
-    assert "Not measured" in other
+    assert "Nothing was measured" in other
     assert "No license is stated" in card
     assert "license: unknown" in card
 

@@ -57,7 +57,7 @@ def report(result: Exported) -> str:
     """The files, and how to load them."""
     lines = listed(result.files)
     if (result.folder / "model_index.json").is_file():
-        custom = f', custom_pipeline="{result.folder}"' if result.reason else ""
+        custom = f', custom_pipeline="{result.folder}", trust_remote_code=True' if result.reason else ""
         lines += ["", f'DiffusionPipeline.from_pretrained("{result.folder}"{custom})']
         if result.reason:
             lines += ["", *textwrap.wrap(f"through its pipeline.py: {result.reason}", 80)]

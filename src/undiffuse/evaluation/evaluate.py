@@ -182,9 +182,10 @@ def evaluate_samples(
         repr(sorted({figure.n for figure in figures.values()})),
         str(judged.facts.get("plan") or "data"),
     )[:16]
+    told = digest(judged.fingerprint, fingerprint, repr(metrics), repr((extrapolate, likelihood, allow_small)))
     facts = {**judged.facts, "n": len(drawn), "fingerprint": judged.fingerprint}
     name = f"{data.name if '/' not in data.name else Path(data.name).name}-{chosen.name}-{len(drawn)}"
-    folder = out / f"{''.join(c if c.isalnum() or c in '.-' else '-' for c in name)}-{judged.fingerprint[:6]}"
+    folder = out / f"{''.join(c if c.isalnum() or c in '.-' else '-' for c in name)}-{told[:6]}"
     result = Evaluation(
         fingerprint=fingerprint,
         samples=facts,

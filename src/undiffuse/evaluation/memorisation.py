@@ -128,7 +128,7 @@ def memorisation(
         chance,
         threshold,
         tuple(Pair(int(i), int(nearest[i]), float(distances[i])) for i in closest),
-        f"{len(real)} training rows, each against the others" if held_out is None else f"{len(real)} held-out rows",
+        f"{len(real):,} training rows, each against the others" if held_out is None else f"{len(real):,} held-out rows",
         distances,
         nearest,
         real,

@@ -43,7 +43,8 @@ def write_report(found: Evaluation, evidence: Evidence, folder: Path, others: Se
     """Write the page. ``others`` are evaluations to stand beside it, those that cannot be compared with a mark."""
     parts: list[Part] = [headline(found), *(Notice("warn", note) for note in found.notes)]
     parts += [Notice("bad", f"{name}: {why}") for name, why in found.refused.items()]
-    parts.append(Section("Metrics", [table(found), Words(meaning(found))]))
+    noted = [Words(f"{name}: {each['note']}") for name, each in found.metrics.items() if each["note"]]
+    parts.append(Section("Metrics", [table(found), *noted, Words(meaning(found))]))
     parts += pictures(found, evidence)
     parts += memorised(found, evidence)
     if found.classes is not None:
@@ -65,7 +66,7 @@ def write_report(found: Evaluation, evidence: Evidence, folder: Path, others: Se
         Section("Environment", [Code(_json(found.environment))], folded=True),
     ]
     title = f"{found.samples['path']} against {found.data['name']}"
-    lead = f"{found.features['name']} features, n = {found.samples['n']:,}, fingerprint {found.fingerprint}"
+    lead = f"{found.features['name']} features, n = {_n(found):,}, fingerprint {found.fingerprint}"
     return write(folder / "report.html", title, parts, lead=lead)
 
 
@@ -79,7 +80,7 @@ def headline(found: Evaluation) -> Facts:
             rows.append((name.replace("_", " "), short(each["value"]) + floor))
     if found.memorisation is not None:
         rows.append(("memorised", said(found)))
-    return Facts([*rows, ("n", f"{found.samples['n']:,}"), ("fingerprint", found.fingerprint)])
+    return Facts([*rows, ("n", f"{_n(found):,}")])
 
 
 def said(found: Evaluation) -> str:
@@ -99,12 +100,8 @@ def table(found: Evaluation) -> Table:
         floor = None
         if each["floor"] is not None:
             floor = "{} [{}, {}]".format(short(each["floor"]), *map(short, each["floor_interval"]))
-        rows.append(
-            (name, each["value"], interval, floor, f"{each['n']:,}", READ[each["better"]], each["note"] or None)
-        )
-    header = ("metric", "value", "95 % interval", "floor", "n", "better", "note")
-    told = any(row[-1] for row in rows)
-    return Table(header if told else header[:-1], rows if told else [row[:-1] for row in rows])
+        rows.append((name, each["value"], interval, floor, f"{each['n']:,}", READ[each["better"]]))
+    return Table(("metric", "value", "95 % interval", "floor", "n", "better"), rows)
 
 
 def meaning(found: Evaluation) -> str:
@@ -129,7 +126,19 @@ def pictures(found: Evaluation, evidence: Evidence) -> list[Part]:
     ):
         x = spec.to_model(values)
         shown.append(_picture(caption, scatter(x) if spec.kind == "points" else grid(spec, x)))
-    return [Section("Samples", [Charts(shown)])]
+    return [Section("Samples", [Charts(shown), Words(making(found))])]
+
+
+def making(found: Evaluation) -> str:
+    """How the samples came to be, in a sentence: what is sampled how, and what it was asked for (trap G6)."""
+    made = found.samples
+    if made["kind"] != "model":
+        return f"Given: {made['path']}."
+    of = made.get("of") or {}
+    seen = f" after {of['images']:,} images" if "images" in of else ""
+    average = f", weights averaged with a half-life of {of['ema_half_life']:,} images" if "ema_half_life" in of else ""
+    asked = {"items": "asked for ", None: ""}.get(made["plan"], "asked for classes ") + made["plan_in_words"]
+    return f"{made['path']}{seen}{average}; {_made(found)}; {asked}."
 
 
 def memorised(found: Evaluation, evidence: Evidence) -> list[Part]:
@@ -225,7 +234,7 @@ def beside(evaluations: Sequence[Evaluation]) -> list[Part]:
         values = [each.metrics[name]["value"] if name in each.metrics else None for name in names]
         mark = "≠" if other else ""
         made = _made(each)
-        rows.append((mark, each.samples["path"], made, each.features["name"], f"{each.samples['n']:,}", *values))
+        rows.append((mark, each.samples["path"], made, each.features["name"], f"{_n(each):,}", *values))
     parts: list[Part] = [Table(("", "samples", "made", "features", "n", *names), rows)]
     if marked:
         parts.append(Notice("warn", "≠: other data, features, n or class plan; not to be compared with the first"))
@@ -236,7 +245,13 @@ def _made(found: Evaluation) -> str:
     made = found.samples
     if made["kind"] != "model":
         return "given"
-    return f"{made['solver']}, {made['steps']} steps, guidance {made['guidance_scale']:g}, seed {made['seed']}"
+    steps = f"{made['steps']} step{'s' * (made['steps'] != 1)}"
+    return f"{made['solver']}, {steps}, guidance {made['guidance_scale']:g}, seed {made['seed']}"
+
+
+def _n(found: Evaluation) -> int:
+    """How many samples the figures are of: not more than there are real ones to stand in their place."""
+    return int(next(iter(found.metrics.values()))["n"])
 
 
 def citation(found: Evaluation) -> str:

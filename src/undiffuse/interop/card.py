@@ -57,7 +57,12 @@ def model_card(
     if found:
         parts += ["## How good it is", "", *found, ""]
     else:
-        parts += ["## How good it is", "", "Not measured; `undiffuse evaluate` does.", ""]
+        parts += [
+            "## How good it is",
+            "",
+            "Nothing was measured where it was written; `undiffuse evaluate` measures.",
+            "",
+        ]
     parts += [
         "## How it was trained",
         "",
@@ -76,6 +81,8 @@ def facts(pipeline: Pipeline) -> list[tuple[str, str]]:
     said = [("data", f"{pipeline.info.get('data', 'not stated')}: {spec.kind} {list(spec.shape)}, {spec.dtype}")]
     if spec.classes:
         said.append(("classes", ", ".join(spec.classes[:20]) + (" ..." if len(spec.classes) > 20 else "")))
+    if pipeline.denoiser.conditions is not None:
+        said.append(("takes", ", ".join(_taken(pipeline))))
     cost = describe(network, pipeline.shape) if isinstance(network, Network) else None
     said.append(("network", f"{pipeline.config.network}" + ("" if cost is None else f", {cost}")))
     said.append(("schedule", type(pipeline.config.schedule).__name__))
@@ -88,6 +95,17 @@ def facts(pipeline: Pipeline) -> list[tuple[str, str]]:
     return [*said, ("made with", f"undiffuse {__version__}")]
 
 
+def _taken(pipeline: Pipeline) -> list[str]:
+    """What it can be asked for, by the names that ``cond`` takes."""
+    assert pipeline.denoiser.conditions is not None
+    spec = pipeline.spec
+    of = {"attributes": spec.attributes, "numbers": spec.numbers}
+    return [
+        f"{name} ({', '.join(each for each, *_ in of[name])})" if of.get(name) else name
+        for name in pipeline.denoiser.conditions.asked
+    ]
+
+
 def rows(pairs: list[tuple[str, str]]) -> list[str]:
     """A table."""
     return ["| | |", "|---|---|", *(f"| {key} | {str(value).replace('|', '/')} |" for key, value in pairs)]
@@ -95,7 +113,9 @@ def rows(pairs: list[tuple[str, str]]) -> list[str]:
 
 def usage(pipeline: Pipeline, diffusers: str | None) -> list[str]:
     """Code that samples from it."""
-    asked = ", classes=[0, 1, 2, 3]" if pipeline.spec.classes else ""
+    conditions = pipeline.denoiser.conditions
+    classes = len(pipeline.spec.classes) if conditions is not None and "classes" in conditions.asked else 0
+    asked = f", classes={list(range(min(classes, 4)))}" if classes else ""
     asked = ', prompts=["..."]' if pipeline.takes_prompts else asked
     place = "FOLDER" if diffusers is None else "FOLDER/undiffuse"
     own = ["```python", "import undiffuse", f'images = undiffuse.Pipeline.load("{place}").sample(4{asked})', "```"]
@@ -112,7 +132,7 @@ def usage(pipeline: Pipeline, diffusers: str | None) -> list[str]:
         return own
     return [*own, "", f"With diffusers, through code in this folder, since {diffusers}:", "", "```python",
             "from diffusers import DiffusionPipeline",
-            'pipeline = DiffusionPipeline.from_pretrained("FOLDER", custom_pipeline="FOLDER")',
+            'pipeline = DiffusionPipeline.from_pretrained("FOLDER", custom_pipeline="FOLDER", trust_remote_code=True)',
             "images = pipeline(4).images", "```"]  # fmt: skip
 
 
@@ -126,9 +146,10 @@ def evaluations(run: Path | None, weights: str) -> list[str]:
             made = found["samples"]
             if made.get("weights") != weights:
                 continue
+            steps = f"{made['steps']} step{'s' * (made['steps'] != 1)}"
+            how = f"{made['solver']}, {steps}, guidance {made['guidance_scale']:g}, n = {made['n']:,}"
             lines += [
-                f"{made['solver']}, {made['steps']} steps, guidance {made['guidance_scale']:g}, n = {made['n']:,}, "
-                f"{found['features']['name']} features, against {found['data']['name']} (fingerprint "
+                f"{how}, {found['features']['name']} features, against {found['data']['name']} (fingerprint "
                 f"{found['fingerprint']}):",
                 "",
                 "| | value | 95 % | real data |",

@@ -1,6 +1,7 @@
 """A model of undiffuse as a pipeline of diffusers:
 
-    DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER)(4, num_inference_steps=20).images
+    pipeline = DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)
+    images = pipeline(4, num_inference_steps=20).images
 
 The network, its schedule and its solvers are those of undiffuse (pip install undiffuse), read from ``undiffuse/``.
 """

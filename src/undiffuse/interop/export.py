@@ -194,7 +194,9 @@ def network_of(pipeline: Pipeline) -> tuple[str, dict[str, Any], dict[str, Tenso
     """The class of diffusers, its config and its weights, or :class:`Unfit`."""
     network = pipeline.denoiser.network
     if not isinstance(network, DDPMUNet):
-        raise Unfit(f"diffusers has no {type(network).__name__}; train with --set model.family=ddpm_unet")
+        raise Unfit(
+            f"diffusers has no class for the {type(network).__name__} of undiffuse (ddpm_unet is one of its own)"
+        )
     if pipeline.codec is not None:
         raise Unfit("diffusers has no such autoencoder")
     options = {"sample_size": list(pipeline.spec.shape[1:]), **unet_config(network)}

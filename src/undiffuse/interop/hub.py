@@ -80,7 +80,7 @@ def pull(repo: str, to: str | Path, *, revision: str | None = None, dry_run: boo
     """Fetch a model from the Hub into the folder ``to``; its files with their bytes. ``dry_run``: fetch nothing."""
     check_repo(repo)
     folder = Path(to)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not dry_run and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UndiffuseError(f"{folder}: is there already; choose another folder with --to")
     library = hub()
     told = call(lambda: library.HfApi().model_info(repo, revision=revision, files_metadata=True), repo)
