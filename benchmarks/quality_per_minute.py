@@ -204,12 +204,12 @@ def heading(name: str, used: dict[str, float]) -> None:
         f"\n{name}: {used['images']:,} images in {used['cpu_seconds']:.0f} CPU-seconds "
         f"({used['images_per_cpu_second']:.0f} a CPU-second, {used['wall_seconds']:.0f} s of wall time)"
     )
-    print(f"{'calls':>8}{'distance':>11}{'95 % interval':>20}{'of the floor':>14}", flush=True)
+    print(f"{'calls':>8}{'distance':>12}{'95 % interval':>24}{'of the floor':>14}", flush=True)
 
 
 def line(calls: int, found: dict[str, float], floor: float) -> None:
     interval = f"[{found['low']:.4f}, {found['high']:.4f}]"
-    print(f"{calls:8}{found['fd']:11.4f}{interval:>20}{found['fd'] / floor:13.2f}x", flush=True)
+    print(f"{calls:8}{found['fd']:12.4f}{interval:>24}{found['fd'] / floor:13.2f}x", flush=True)
 
 
 def main() -> None:
