@@ -89,6 +89,26 @@ def test_the_openai_client_edits(server: Running) -> None:
     got = picture(filled.data[0].b64_json)
     assert np.array_equal(got[4:], pixels[4:])  # trap X10
     assert not np.array_equal(got[:4], pixels[:4])
+    # without a mask the image's own transparency is the mask, as OpenAI has it
+    own = client.images.edit(image=("a.png", mask.getvalue()), prompt="3", extra_body={"seed": 1})
+    assert np.array_equal(picture(own.data[0].b64_json), got)
+    wide = io.BytesIO()  # both would be cropped, each in its own way
+    Image.fromarray(np.full((8, 16), 255, np.uint8)).save(wide, "PNG")
+    with pytest.raises(openai.BadRequestError, match="the image's size, 8x8") as refused:
+        client.images.edit(image=("a.png", image.getvalue()), mask=("m.png", wide.getvalue()), prompt="3")
+    assert refused.value.param == "mask"
+
+
+def test_a_class_may_be_left_open_and_what_a_field_must_be_is_said(server: Running) -> None:
+    status, _, body = server.ask("/v1/samples", {"n": 2, "class_labels": [3, None], "seed": 4})
+    assert status == 200
+    wanted = server.model.draw(2, seed=4, classes=[3, None], rows=ROWS)
+    assert np.array_equal(np.load(io.BytesIO(body)), server.model.spec.to_data(wanted))
+    for field, words in (("class_labels", "the number of a class, or a list"), ("beside", "a text, or a list")):
+        status, _, body = server.ask("/v1/samples", {field: {"a": 1}})
+        error = json.loads(body)["error"]
+        assert (status, error["param"]) == (400, field)
+        assert words in error["message"]
 
 
 def test_the_hugging_face_client_gets_a_picture(server: Running) -> None:

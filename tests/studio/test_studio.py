@@ -139,6 +139,20 @@ def test_variety_and_recognition_know_what_they_measure(model: Pipeline) -> None
     assert wrong <= 0.2
 
 
+def test_the_judge_of_fidelity_has_noise_of_its_own(model: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the noise that a sample was made of, x is a place of its own way, where the model is surest."""
+    asked, seen = [], type(model.denoiser).forward
+    record = lambda self, x, level, **cond: asked.append((x, level)) or seen(self, x, level, **cond)  # noqa: E731
+    monkeypatch.setattr(type(model.denoiser), "forward", record)
+    clean = model.draw(4, seed=0, classes=[3])
+    asked.clear()
+    labs.recognised(model, clean, model.conditions(range(4), [3]))
+    made_of = Streams(0, 4).draw((1, 8, 8))
+    for x, level in asked:
+        eps = (x - float(level.alpha) * clean) / float(level.sigma)
+        assert abs(float((eps * made_of).mean())) < 0.4
+
+
 # --- the plane --------------------------------------------------------------------------------------------------------
 
 
@@ -372,7 +386,7 @@ def test_a_picture_can_be_brought_along(server: Running, model: Pipeline) -> Non
 def test_runs_are_told_by_name_with_their_curves_previews_and_lights(server: Running) -> None:
     rows = json.loads(server.ask("/studio/runs")[2])["runs"]
     assert [row["name"] for row in rows] == ["a run"]
-    assert rows[0]["path"] is None
+    assert rows[0]["path"] == str(server.studio.runs.named["a run"])  # as it was named: what the copied lines say
     told = json.loads(server.ask("/studio/runs/a%20run")[2])
     assert told["loss"] == [[16, 32, 48], [1.0, 0.5, 1 / 3]]  # the half-written line is left out
     assert told["held_out"] == [[48], [0.4]]

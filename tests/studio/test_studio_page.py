@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -262,8 +263,6 @@ def test_everything_is_labelled_explained_and_reached_by_keyboard(look: Looking)
 
 
 def test_copy_as_says_commands_that_work_and_pictures_can_be_saved(look: Looking, tmp_path: Any) -> None:
-    import shlex
-
     from PIL import Image
 
     from undiffuse import Pipeline
@@ -395,6 +394,12 @@ def test_runs_side_by_side_by_mouse_and_keyboard(browser: Any, tmp_path: Any) ->
         page.get_by_label("one", exact=False).first.focus()
         page.keyboard.press("Space")
         looking.wait("now.names.length === 1 && now.names[0] === 'two'")
+        page.locator("#share").click()
+        lines = page.locator("#sheet pre").nth(1).text_content().splitlines()
+        assert [shlex.split(line)[2] for line in lines] == [
+            str(runs["two"])
+        ] * 2  # where it is, not where runs usually are
+        page.get_by_role("button", name="Close").click()
         with (runs["two"] / "metrics.jsonl").open("a") as file:
             file.write('\n{"step": 4, "images": 64, "loss": 0.2}\n')
         looking.wait("now.all[0].loss[0].length === 4")  # it looks again by itself

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, LiteralString, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -88,16 +88,22 @@ Row = Cell | Annotated[list[Cell], Field(max_length=1000)]
 """What is asked of one sample: a text, a name, a number or several; null leaves it open."""
 
 
-def _said_once(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
-    try:
-        return read(value)
-    except ValidationError:
-        raise PydanticCustomError(
-            "rows", "must be a name, a number, null, a list of them, or a list of lists"
-        ) from None
+def said_once(words: LiteralString) -> WrapValidator:
+    """Of a field that may be several things: what it must be, rather than what it is not for each of them."""
+
+    def validate(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return read(value)
+        except ValidationError:
+            raise PydanticCustomError("one_of", words) from None
+
+    return WrapValidator(validate)
 
 
-Rows = Annotated[Row | Annotated[list[Row], Field(max_length=1000)], WrapValidator(_said_once)]
+Rows = Annotated[
+    Row | Annotated[list[Row], Field(max_length=1000)],
+    said_once("must be a name, a number, null, a list of them, or a list of lists"),
+]
 Given = dict[Annotated[str, Field(max_length=100)], Rows]
 """Conditions by name: one row, or rows that the samples get in turn; :meth:`.Pipeline.conditions` reads them."""
 
@@ -116,14 +122,17 @@ class How(BaseModel):
     weighted_prompts: bool | None = Field(None, description="whether brackets weigh words: (word:1.3), (word), [word]")
     long_prompts: Literal["cut", "windows"] | None = Field(None, description="windows: nothing of a long prompt is cut")
     clip_skip: int | None = Field(None, ge=0, le=100, description="how many of CLIP's last layers are left out")
-    class_labels: int | list[int] | None = Field(None, description="class numbers; sample i gets number i modulo them")
+    class_labels: Annotated[
+        int | list[int | None] | None,
+        said_once("must be the number of a class, or a list of them (null: none)"),
+    ] = Field(None, description="class numbers; sample i gets number i modulo them")
     cond: Given | None = Field(
         None, max_length=100, description="any condition by name, as /v1/models lists them; sample i gets row i in turn"
     )
     against: Given | None = Field(None, max_length=100, description="what guidance leads away from, by name")
-    beside: str | Annotated[list[str], Field(max_length=64)] | None = Field(
-        None, description="base64 of what the model is shown: a picture, or a .npy in the data's own units"
-    )
+    beside: Annotated[
+        str | Annotated[list[str], Field(max_length=64)] | None, said_once("must be a text, or a list of at most 64")
+    ] = Field(None, description="base64 of what the model is shown: a picture, or a .npy in the data's own units")
 
 
 class Generation(How):
@@ -313,7 +322,7 @@ def classes_of(form: How, prompt: str, pipeline: Pipeline) -> list[int | None] |
         labels = [form.class_labels] if isinstance(form.class_labels, int) else form.class_labels
         if not names:
             raise Refused(400, "this model has no classes", "class_labels", "invalid_value")
-        if not labels or any(not 0 <= label < len(names) for label in labels):
+        if not labels or any(label is not None and not 0 <= label < len(names) for label in labels):
             raise Refused(400, f"classes are 0 to {len(names) - 1}", "class_labels", "invalid_value")
         if prompt.strip():
             raise Refused(400, "give class_labels or a prompt, not both", "class_labels", "invalid_value")
@@ -457,8 +466,13 @@ def read_edit(form: Edit, files: Mapping[str, bytes], pipeline: Pipeline, limits
                 raise Refused(400, f"this model is shown the image, whole: leave out {field}", field, "invalid_value")
         return Beginning(shown=shown_of("image", [files["image"]], pipeline))
     image = read_picture(files["image"], spec, limits)
-    if mask is None and pipeline.fills_holes and has_hole(files["image"], spec, limits):
-        mask = files["image"]
+    if mask is None and has_hole(files["image"], spec, limits):
+        mask = files["image"]  # as OpenAI has it
+    if mask is not None and size_of("mask", mask) != size_of("image", files["image"]):
+        width, height = size_of("image", files["image"])
+        raise Refused(
+            400, f"mask: must have the image's size, {width}x{height} (width, height)", "mask", "invalid_image"
+        )
     if mask is None and pipeline.fills_holes and form.strength is None:
         raise Refused(400, "give a mask, or make a part of the image transparent: it is filled in", "mask", "missing")
     keep = None if mask is None else read_mask(mask, spec, limits)
@@ -502,11 +516,20 @@ def read_mask(data: bytes, spec: DataSpec, limits: Limits) -> Tensor:
     return torch.from_numpy(keep)[None, None]
 
 
-def _pixels(what: str, data: bytes, target: Target, limits: Limits) -> np.ndarray:
+def size_of(what: str, data: bytes) -> tuple[int, int]:
+    """(width, height) of an uploaded picture."""
     try:
         header = read_header(BytesIO(data))
-        if header.width * header.height > limits.pixels:
-            raise BadFile(f"{header.width}x{header.height}: more than {limits.pixels / 1e6:g} million pixels")
+    except BadFile as error:
+        raise Refused(400, f"{what}: {error}", what, "invalid_image") from None
+    return header.width, header.height
+
+
+def _pixels(what: str, data: bytes, target: Target, limits: Limits) -> np.ndarray:
+    width, height = size_of(what, data)
+    try:
+        if width * height > limits.pixels:
+            raise BadFile(f"{width}x{height}: more than {limits.pixels / 1e6:g} million pixels")
         return decode(data, target).pixels
     except BadFile as error:
         raise Refused(400, f"{what}: {error}", what, "invalid_image") from None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..asking import Question, Sampling, answer_together
 from ..conditions import LISTS, Rows
+from ..editing import spare_streams
 from ..errors import UndiffuseError
 from ..inversion import invert
 from ..levels import Level, combine
@@ -240,7 +241,7 @@ def recognised(
         return None
     x = pipeline.encode(x.to(pipeline.device))
     errors = torch.zeros(len(x), len(rivals))
-    eps = Streams(seed, len(x)).draw(pipeline.shape, x)
+    eps = spare_streams(seed, len(x)).draw(pipeline.shape, x)  # and not the very noise that they were made of
     for t in (0.3, 0.5, 0.7):
         level = pipeline.config.schedule(t)
         noisy = level.mix(x, eps)

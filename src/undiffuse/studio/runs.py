@@ -43,7 +43,7 @@ class Runs:
         rows = []
         for name, folder in self.folders().items():
             row = plain(read_run(folder))
-            rows.append({**row, "name": name, "path": None})
+            rows.append({**row, "name": name, "path": str(folder)})
         return rows
 
     def curves(self, folder: Path) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class Runs:
             return [[row["images"] for row in kept], [row[key] for row in kept]]
 
         return {
-            "run": {**plain(read_run(folder)), "path": None},
+            "run": {**plain(read_run(folder)), "path": str(folder)},
             "loss": series(metrics, "loss"),
             "rate": series(metrics, "images_per_second"),
             "gradient": series(metrics, "grad_norm"),

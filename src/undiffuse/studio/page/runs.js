@@ -1,6 +1,7 @@
 // Lab 5: your runs. Curves, previews and the doctor's lights, of several side by side, while they train.
 
 import * as api from "./api.js";
+import { quoted } from "./controls.js";
 import { el, Chart, short } from "./view.js";
 import * as state from "./state.js";
 
@@ -131,7 +132,8 @@ export default {
     }
     refresh();
     return {
-      snippets: () => ({ "Command line": (now.names ?? []).map((/** @type {string} */ name) => `undiffuse show runs/${name}\nundiffuse doctor runs/${name}`).join("\n") }),
+      snippets: () => ({ "Command line": (now.all ?? []).map((/** @type {any} */ { run }) =>
+        `undiffuse show ${quoted(run.path)}\nundiffuse doctor ${quoted(run.path)}`).join("\n") }),
       close: () => { closed = true; clearTimeout(timer); },
     };
   },

@@ -1,7 +1,7 @@
 // Lab 2: schedules, grids on them, and two ways of walking from the same noise with the same number of network calls.
 
 import * as api from "./api.js";
-import { asked, choice, modelOf, plainly, shared, slider, snippets } from "./controls.js";
+import { asked, choice, modelOf, plainly, quoted, shared, slider, snippets } from "./controls.js";
 import * as state from "./state.js";
 import { aspect, canvases, Chart, draw, el, item, nearest, reach, short, sizeOf, together } from "./view.js";
 
@@ -147,7 +147,7 @@ export default {
     return {
       snippets: () => {
         const made = snippets(world, shown());
-        return { ...made, "Measure it yourself": `undiffuse solvers ${model.path}` };
+        return { ...made, "Measure it yourself": `undiffuse solvers ${quoted(model.path)}` };
       },
       picture: () => (both ? together([...canvases(sides.a.sheet), ...canvases(sides.b.sheet)], Math.min(5, both.arrays.a_x.shape[1])) : null),
       animation: () => shown(),
