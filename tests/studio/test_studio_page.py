@@ -16,6 +16,8 @@ pytest.importorskip("fastapi", reason="needs undiffuse[serve]")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
 from studio_page import CHROMIUM, Looking, Running, make_run, running  # noqa: E402
+from undiffuse.pipeline import Pipeline  # noqa: E402
+from undiffuse.studio.app import MODEL  # noqa: E402
 
 if CHROMIUM is None:
     pytest.skip("no chromium is installed", allow_module_level=True)
@@ -265,7 +267,6 @@ def test_everything_is_labelled_explained_and_reached_by_keyboard(look: Looking)
 def test_copy_as_says_commands_that_work_and_pictures_can_be_saved(look: Looking, tmp_path: Any) -> None:
     from PIL import Image
 
-    from undiffuse import Pipeline
     from undiffuse.commands import main
 
     look.open("time?seed=4&n=3&classes=5&steps=4&solver=heun&scale=2")
@@ -293,6 +294,31 @@ def test_copy_as_says_commands_that_work_and_pictures_can_be_saved(look: Looking
         with Image.open(tmp_path / f"x.{kind}") as picture:
             assert str(picture.format).lower() == kind
             assert getattr(picture, "n_frames", 1) == (1 if kind == "png" else 5)
+
+
+def test_what_a_model_does_by_itself_is_shown_as_such(browser: Any, tmp_path: Any) -> None:
+    model = Pipeline.load(MODEL)
+    model.sampling = model.settings(guidance_interval=(0.5, 2.0))
+    model.tuned = (model.settings(steps=3, solver="heun", grid="karras"),)
+    with running({"own": model.save(tmp_path / "own")}) as server:
+        context = browser.new_context()
+        looking = Looking(context.new_page(), server)
+        looking.page.goto(server.link)
+        looking.page.wait_for_selector(".lab")
+        looking.open("time?steps=3&n=1")
+        looking.wait("now.trace")
+        solver = looking.page.locator("#knob-solver")
+        assert (looking.js("now.trace.calls"), solver.input_value()) == (5, "")  # tuned for three steps: Heun's method
+        solver.select_option("dpmpp_2m")  # the model's default, chosen: not the tuned one
+        looking.wait("now.trace.calls === 3")
+        looking.open("guidance?steps=3&rows=1&classes=3")
+        looking.wait("now.strip")
+        boxes = [looking.page.locator(f"#knob-{name}").get_attribute("placeholder") for name in ("low", "high")]
+        assert boxes == ["0.5", "2"]
+        looking.page.locator("#share").click()
+        assert "guidance_interval=(0.5, 2)" in looking.page.locator("#sheet pre").nth(1).text_content()
+        assert looking.complaints == []
+        context.close()
 
 
 @pytest.mark.parametrize("state", ["", "&down=classes&against=3", "&wclass=none"])

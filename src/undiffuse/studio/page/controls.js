@@ -295,7 +295,7 @@ export const plainly = (names) => names.map((name) => [name, name.replaceAll("_"
 /** @typedef {Record<string, Row[]>} Given */
 /** @typedef {{name: string, path: string, kind: string, shape: number[], bounded: boolean, classes: string[], conditions: Condition[],
  *  latent: boolean, schedule: string | null,
- *  solver: string | null, grid: string | null, steps: number, scale: number, alpha: number[], sigma: number[]}} Model */
+ *  solver: string | null, grid: string | null, steps: number, scale: number, interval: [number, number] | null, alpha: number[], sigma: number[]}} Model */
 /** @typedef {{name: string, order: number, calls: number, extra: number, stochastic: boolean, fixed: boolean}} Solver */
 /** @typedef {{models: Model[], solvers: Solver[], grids: string[], schedules: string[], clouds: string[], quality_solvers: string[]}} World */
 

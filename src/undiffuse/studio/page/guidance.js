@@ -34,9 +34,12 @@ export default {
     const words = el("p", { class: "quiet" }, "More guidance makes samples more alike and more surely what was asked, until it breaks them.");
     const big = el("div", { class: "sheet" });
     const bigWords = el("p", { class: "quiet" });
+    const own = model.interval ?? [0, Infinity];
+    /** Where it acts: low < σ/α ≤ high. @returns {[number, number]} */
+    const interval = () => [state.number("low", own[0]), state.number("high", own[1])];
     const ask = () => asked(world, {
       n: Math.min(10, state.number("rows", 5)), scale: SCALES[nearest(SCALES, state.number("scale", usual))],
-      low: state.number("low", 0), high: state.text("high") === "" ? null : state.number("high", 1),
+      low: interval()[0], high: Number.isFinite(interval()[1]) ? interval()[1] : null,
     });
 
     /** @type {(judge?: boolean) => Promise<unknown>} */
@@ -84,7 +87,7 @@ export default {
       bigWords.textContent = `s = ${short(SCALES[chosen])}` + (variety === null ? "" : `; two that were asked alike differ by ${short(variety)}`);
       if (reading) [...big.children].forEach((each, i) => each.setAttribute("aria-pressed", String(i === sample())));
       const ratio = Array.from({ length: 161 }, (_, i) => 10 ** (-2 + i / 40));
-      const [low, high] = [state.number("low", 0), state.text("high") === "" ? Infinity : state.number("high", 1)];
+      const [low, high] = interval();
       where.draw([{ name: "s", x: ratio, y: ratio.map((r) => (r > low && r <= high ? SCALES[chosen] : 1)), tone: 1 }]);
       Object.assign(now, { strip, chosen, painted: (now.painted ?? 0) + 1 });
     }
@@ -147,7 +150,7 @@ export default {
       el("aside", { class: "knobs", "aria-label": "Controls" },
         slider("scale", usual, { values: SCALES }, rescale),
         ...shared(world, ["cond", "against"], () => load(), again),
-        blank("low", "0", () => load()), blank("high", "no limit", () => load()),
+        blank("low", short(own[0]), () => load()), blank("high", Number.isFinite(own[1]) ? short(own[1]) : "no limit", () => load()),
         ...shared(world, ["model", "seed", "steps", "solver"], () => load(), again)),
       el("div", { class: "stage" },
         el("div", { class: "working" }),

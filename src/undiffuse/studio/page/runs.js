@@ -97,11 +97,13 @@ export default {
       const path = `runs/${encodeURIComponent(name)}`;
       const image = el("img", { class: "preview", alt: `What ${name} makes` });
       const slider = el("input", { type: "range", min: 0, max: 0, value: 0, "aria-label": `Preview of ${name}` });
+      const nothing = el("p", { class: "quiet" }, "No pictures yet.");
       const lights = el("ul", { class: "lights", "aria-label": "The doctor's lights" });
       const parts = {
         facts: el("dl", { class: "facts" }), note: el("p", { class: "quiet" }), slider, previews: -1, examined: "", element: /** @type {any} */ (null),
         turn: () => {
           image.hidden = slider.hidden = parts.previews < 1;
+          nothing.hidden = !image.hidden;
           slider.setAttribute("aria-valuetext", `preview ${Number(slider.value) + 1} of ${parts.previews}`);
           if (parts.previews > 0) image.src = `/studio/${path}/preview/${slider.value}?of=${parts.previews}`;
         },
@@ -117,7 +119,7 @@ export default {
         },
       };
       slider.addEventListener("input", parts.turn);
-      parts.element = el("section", { class: "card", "data-run": name }, el("h2", {}, name), parts.facts, parts.note, el("p"), el("div", { class: "two" }, el("div", {}, image, slider), lights));
+      parts.element = el("section", { class: "card", "data-run": name }, el("h2", {}, name), parts.facts, parts.note, el("p"), el("div", { class: "two" }, el("div", {}, image, slider, nothing), lights));
       return parts;
     }
 

@@ -214,7 +214,7 @@ export class Chart {
         const d = whole.map(({ point: [x, y] }, i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
         this.svg.append(svg("path", { class: line.faint ? "line faint" : `line s${tone}`, d }));
       }
-      if (line.dots) {
+      if (line.dots || whole.length === 1) { // of one point there is no line
         for (const { point: [x, y], i } of whole) {
           this.svg.append(svg("circle", { class: `f${tone}`, cx: x.toFixed(1), cy: y.toFixed(1), r: 3 }));
           if (line.labels) this.svg.append(svg("text", { class: "mark", x: x + 5, y: y - 5 }, line.labels[i]));
