@@ -418,3 +418,30 @@ def test_trap_V8_a_damaged_file_is_made_again(tmp_path: Path) -> None:
             again = reference_features(features, data, 10, cache=tmp_path)
         assert torch.equal(again.features, first.features)
         assert torch.equal(reference_features(features, data, 10, cache=tmp_path).features, first.features)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.int16, np.uint8])
+def test_trap_V3_whole_numbers_of_any_type_are_in_the_units_of_the_data(dtype: type) -> None:
+    """The measured bounds of integers are no units: [20, 220] is not stretched to [0, 255]."""
+    bright, dim = pictures(high=256), (pictures(high=200) + 20).astype(np.uint8)
+    features = of_pixels(from_array(bright).spec)
+    assert torch.equal(extract(features, from_array(dim.astype(dtype))).features, features(dim))
+
+
+@pytest.mark.parametrize("levels", [1, 16, 31])
+def test_trap_V3_whole_numbers_of_few_levels_are_in_units_that_must_be_said(levels: int) -> None:
+    features = of_pixels(from_array(pictures(high=256)).spec)
+    few = np.resize(np.arange(levels + 1, dtype=np.uint8), (4, 8, 8, 3))
+    with pytest.warns(UndiffuseWarning, match="range is taken"):
+        data = from_array(few)
+    with pytest.raises(UndiffuseError, match=r"bring both to one range.*--span 0 1"):
+        extract(features, data)
+    said = features(few, span=(0, levels))
+    assert torch.equal(said, features(np.floor(few / levels * 255 + 0.5).astype(np.uint8)))
+
+
+def test_samples_brighter_than_measured_data_are_refused() -> None:
+    with pytest.warns(UndiffuseWarning, match="range is taken"):
+        spec, samples = from_array(pictures(high=60)).spec, from_array(pictures(high=120))
+    with pytest.raises(UndiffuseError, match="bring both to one range"):
+        extract(of_pixels(spec), samples)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from undiffuse import Pipeline, UndiffuseError
+from undiffuse import Pipeline, UndiffuseError, UndiffuseWarning
 from undiffuse.commands import main
 from undiffuse.evaluation.judge import (
     ELO,
     Comparisons,
+    Pair,
     Study,
     Vote,
     binomial_p,
@@ -29,6 +31,7 @@ from undiffuse.evaluation.judge import (
     judge_votes,
     judgement,
     make_study,
+    pictures,
     read_votes,
     votes_file,
 )
@@ -382,3 +385,37 @@ def test_in_a_browser_keys_vote_undo_resume_and_download(browser: Any, tmp_path:
 
 def test_elo_is_elos() -> None:
     assert pytest.approx(1 / (1 + math.exp(-100 / ELO))) == 1 / (1 + 10 ** (-100 / 400))
+
+
+def test_sources_are_shown_in_one_range_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of [0, 1] beside the same of [-1, 1] are the same; of 13 levels or of no range, nobody knows."""
+    monkeypatch.chdir(tmp_path)
+    shown = np.random.default_rng(0).integers(0, 256, (9, 8, 8), np.uint8)
+    shown[0, 0, :2] = 0, 255
+    np.save("unit.npy", (shown / 255).astype(np.float32))
+    np.save("both.npy", (shown / 127.5 - 1).astype(np.float32))
+    np.save("bytes.npy", shown)
+    np.save("few.npy", shown // 20)
+    np.save("free.npy", shown.astype(np.float32))
+    (unit, both), _ = pictures(["unit.npy", "both.npy"], 9, 0)
+    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(unit, both, strict=True))
+    with (
+        pytest.raises(UndiffuseError, match=r"few\.npy: how its range relates.*save all as 8 bits"),
+        pytest.warns(UndiffuseWarning),
+    ):
+        pictures(["bytes.npy", "few.npy"], 9, 0)
+    with pytest.raises(UndiffuseError, match=r"free\.npy: .*save them as 8 bits"):
+        pictures(["unit.npy", "free.npy"], 9, 0)
+
+
+def test_two_raters_of_one_name_are_noticed(tmp_path: Path) -> None:
+    study = Study("s", ("a", "b"), (Pair(0, 0, 1), Pair(1, 1, 0)), 0, "?")
+    files = []
+    for name, choices in {"one": {0: "left", 1: "left"}, "two": {0: "right", 1: "left"}}.items():
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps(votes_file(study, "ada", choices, at=len(files))))
+    with pytest.warns(UndiffuseWarning, match="1 votes of ada differ from file to file.*two people"):
+        assert [vote.choice for vote in read_votes(study, files)] == ["right", "left"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_votes(study, [files[0], files[0]])

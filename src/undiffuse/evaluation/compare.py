@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from io import BytesIO
@@ -33,7 +34,7 @@ from ..commands import plain
 from ..config import override, to_json, write_bytes_atomic, write_json_atomic
 from ..data import Dataset
 from ..data.base import digest
-from ..errors import UndiffuseError, choose
+from ..errors import UndiffuseError, UndiffuseWarning, choose
 from ..pipeline import BATCH, REGISTRIES, Pipeline, resolve_device
 from ..training import Progress, Recipe, run_training
 from ..training.checkpoint import Lock
@@ -210,6 +211,7 @@ class Run:
     curves: dict[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # as read_curves has them
     figures: dict[str, Figure] = field(default_factory=dict)
     samples: Path | None = None
+    asked: str = ""  # what the samples were asked for, in words (trap G6)
     error: str = ""
 
 
@@ -457,6 +459,7 @@ class Instrument:
             curves=curves,
             figures=figures,
             samples=folder,
+            asked=asked.said,
         )
 
 
@@ -490,7 +493,9 @@ def error_of_samples(figure: str, a: Examples, b: Examples, data: Examples) -> f
     against = data.part(metric.needs) if metric.against else []
 
     def value(examples: Examples) -> float:
-        return metric.measure(*examples.part(metric.needs), *against, True)[place].value
+        with warnings.catch_warnings():  # of all rows there are enough, or it has been said
+            warnings.simplefilter("ignore", UndiffuseWarning)
+            return metric.measure(*examples.part(metric.needs), *against, True)[place].value
 
     without = []
     for group in grouped(len(a)):

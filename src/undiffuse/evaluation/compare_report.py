@@ -61,8 +61,10 @@ def write_report(found: Compared, spec: DataSpec) -> None:
     parts.append(Section("Held constant", [Table(["", ""], same)]))
     varied = [[path, *(v or "-" for v in values)] for path, values in found.varied.items()]
     parts.append(Section("Settings in which the arms differ", [Table(["setting", *found.arms], varied)]))
-    prints = [[arm, found.fingerprints[arm]] for arm in found.arms]
-    parts.append(Section("How it was measured", [Table(["arm", "fingerprint"], prints)], folded=True))
+    said = {run.arm: run.asked for run in found.runs if run.asked}
+    prints = [[arm, said.get(arm), found.fingerprints[arm]] for arm in found.arms]
+    header = ["arm", "what its samples were asked for", "fingerprint"]
+    parts.append(Section("How it was measured", [Table(header, prints)], folded=True))
     parts.append(Section("Command", [Code(found.command)], folded=True))
     lead = f"{found.data}, {found.state}, undiffuse {__version__}"
     write(found.path / "report.html", " against ".join(found.arms), parts, lead=lead)
@@ -123,7 +125,7 @@ def how_tested(found: Compared) -> str:
         else ""
     )
     return (
-        f"Student's t with {len(found.seeds) - 1} degrees of freedom on the differences of runs with the same seed "
+        f"Student's t ({len(found.seeds)} seeds) on the differences of runs with the same seed "
         "(same items in the same order, same noise, same noise to sample from). A difference is seen where the "
         "interval excludes 0."
         + corrected
@@ -207,7 +209,10 @@ def samples(found: Compared, spec: DataSpec) -> Picture | None:
     write_bytes_atomic(found.path / "samples.png", buffer.getvalue())
     caption = f"seed {seed}; all arms begin at the same noise"
     if spec.kind == "image":
-        caption += ", and a column asks for the same class" if spec.classes else "; a column is one noise"
+        alike = len({run.asked for run in runs}) == 1
+        caption += (
+            ", and a column asks for the same" if alike else "; a column is one noise, of which arms ask differently"
+        )
     return Picture(caption, buffer.getvalue())
 
 

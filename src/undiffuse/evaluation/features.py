@@ -199,7 +199,10 @@ def described(values: np.ndarray, spec: DataSpec, span: tuple[float, float] | No
     if values.dtype.kind not in "buif":
         raise UndiffuseError(f"samples of dtype {values.dtype} are no numbers")
     if _sort(values.dtype) != _sort(np.dtype(spec.dtype)) or span is not None:
-        source = replace(source, dtype=values.dtype.name, **_units(values, spec, span))
+        dtype = (
+            values.dtype.name if span is None else "float64"
+        )  # a stated range stands for the data's, as real ones do
+        source = replace(source, dtype=dtype, **_units(values, spec, span))
     return values, source
 
 
@@ -207,7 +210,9 @@ def aligned(values: np.ndarray, source: DataSpec, spec: DataSpec) -> np.ndarray:
     """``values`` of ``source`` in the units, dtype and layout of the data: ``[B, *spec.original_shape]``.
 
     Bounds are mapped to bounds, and integers rounded: pictures as floats and as 8 bits are the same afterwards
-    (traps V3 and V9). Raises :class:`UndiffuseError` for another shape or kind; sizes are never changed here.
+    (traps V3 and V9). The bounds of whole numbers, unless they are those of 8 or 16 bits, were measured: darker samples
+    are in the same units, but what fills an eighth of the range at most, or leaves it, may be in any. Raises
+    :class:`UndiffuseError` for those, and for another shape or kind; sizes are never changed here.
     """
     if source.shape != spec.shape:
         raise UndiffuseError(
@@ -218,14 +223,18 @@ def aligned(values: np.ndarray, source: DataSpec, spec: DataSpec) -> np.ndarray:
     if source.layout != spec.layout:
         values = _to_layout(values, source.layout, spec.layout).reshape(len(values), *spec.original_shape)
     want = np.dtype(spec.dtype)
-    whole = values.dtype.kind in "bui"
+    whole = np.dtype(source.dtype).kind in "bui"
     if source.low is None or source.high is None or spec.low is None or spec.high is None:
         if whole != (want.kind in "bui") or (source.low is None) > (spec.low is None):
-            raise UndiffuseError(f"samples are {_units_of(source)}, the data {_units_of(spec)}: say how they relate")
+            raise unrelated(source, spec)
         return values.astype(want, copy=False)  # unbounded data are in their original units
     within = spec.low <= source.low and source.high <= spec.high
-    if (whole and values.dtype == want and within) or (source.low, source.high) == (spec.low, spec.high):
-        mapped = values  # the bounds of whole numbers are measured: darker samples are in the same units
+    if (source.low, source.high) == (spec.low, spec.high):
+        mapped = values
+    elif whole and want.kind in "bui" and not _own_range(source):
+        if not within or 8 * (source.high - source.low) <= spec.high - spec.low:
+            raise unrelated(source, spec)
+        mapped = values
     else:
         share = (values.astype(np.float64) - source.low) / (source.high - source.low)
         mapped = spec.low + share * (spec.high - spec.low)
@@ -253,6 +262,20 @@ def aligned(values: np.ndarray, source: DataSpec, spec: DataSpec) -> np.ndarray:
 def _sort(dtype: np.dtype) -> str:
     """Truth values, whole numbers or real numbers: each has a range of its own that stands for a picture."""
     return "whole" if dtype.kind in "ui" else dtype.kind
+
+
+def _own_range(spec: DataSpec) -> bool:
+    """Whether bounds are those of the type: of 8 or 16 bits, or of truth values."""
+    dtype = np.dtype(spec.dtype)
+    return (spec.low, spec.high) == (0, 1 if dtype.kind == "b" else np.iinfo(dtype).max)
+
+
+def unrelated(source: DataSpec, spec: DataSpec) -> UndiffuseError:
+    """The error for two kinds of units of which nobody has said how they relate."""
+    return UndiffuseError(
+        f"samples are {_units_of(source)}, the data {_units_of(spec)}: bring both to one range, or give the samples as "
+        "an .npy and say which range of theirs stands for that of the data (--span 0 1)"
+    )
 
 
 def units_unknown(values: np.ndarray, spec: DataSpec) -> UndiffuseError:

@@ -21,8 +21,9 @@ import base64
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import combinations
 from pathlib import Path
@@ -35,10 +36,11 @@ from PIL import Image
 from ..config import load_json, write_bytes_atomic, write_json_atomic
 from ..data import open_dataset
 from ..data.base import digest
-from ..data.spec import DataSpec, units_between
-from ..errors import UndiffuseError
+from ..data.spec import DataSpec
+from ..errors import UndiffuseError, UndiffuseWarning
 from ..page import Facts, Notice, Part, Section, Table, Words, write
 from ..pipeline import Pipeline, resolve_device
+from .features import aligned
 from .intervals import Z, wilson
 from .samples import is_model
 
@@ -114,7 +116,7 @@ def pictures(
     """At most ``count`` pictures of each source as uint8 ``[H, W]`` or ``[H, W, 3]``, and how many all have.
 
     Models are sampled with the same seed, so picture i of each begins at the same noise. All sources become pixels with
-    the same constants (trap D4).
+    the same constants, of one range (trap D4); where it is not known how their ranges relate, they are refused.
     """
     specs: list[DataSpec] = []
     values: list[np.ndarray] = []
@@ -138,11 +140,19 @@ def pictures(
                 f"{source}: pictures of {list(spec.shape)} {spec.dtype}, those of {sources[0]} are {list(first.shape)} "
                 f"{first.dtype}: that would tell them apart; bring both to one size and type"
             )
-    low, high = min(spec.low or 0.0 for spec in specs), max(spec.high or 1.0 for spec in specs)
-    shift, scale = units_between(low, high)
-    common = [replace(spec, low=low, high=high, shift=shift, scale=scale) for spec in specs]
-    images = [spec.to_images(spec.to_model(array)) for spec, array in zip(common, values, strict=True)]
-    return [list(each) for each in images], min(map(len, images))
+        if spec.low is None or spec.high is None:
+            raise UndiffuseError(f"{source}: real numbers of no known range are no pictures; save them as 8 bits")
+    widest = max(specs, key=lambda spec: (spec.high or 0.0) - (spec.low or 0.0))
+    images = []
+    for source, spec, array in zip(sources, specs, values, strict=True):
+        try:
+            images.append(list(widest.to_images(widest.to_model(aligned(array, spec, widest)))))
+        except UndiffuseError:
+            ranges = " and ".join(f"[{each.low:g}, {each.high:g}]" for each in (spec, widest))
+            raise UndiffuseError(
+                f"{source}: how its range relates to that of the others is not known ({ranges}); save all as 8 bits"
+            ) from None
+    return images, min(map(len, images))
 
 
 def make_study(
@@ -219,6 +229,8 @@ def read_votes(study: Study, files: Sequence[str | Path]) -> list[Vote]:
     """The votes in these files, one for each rater and pair: the last in time (of equals, that of the greater choice),
     whatever the order of the files."""
     last: dict[tuple[str, int], Vote] = {}
+    where: dict[tuple[str, int], str | Path] = {}
+    others: dict[str, int] = {}  # of each rater, votes that say something else in another file
     for file in files:
         stated = load_json(file)
         if not isinstance(stated, dict) or not isinstance(stated.get("votes"), list):
@@ -234,8 +246,17 @@ def read_votes(study: Study, files: Sequence[str | Path]) -> list[Vote]:
             if not whole or vote.choice not in CHOICES:
                 raise UndiffuseError(f"{file}: a vote that cannot be: pair {vote.pair!r}, choice {vote.choice!r}")
             key = vote.rater, vote.pair
+            if key in last and last[key].choice != vote.choice and where[key] != file:
+                others[vote.rater] = others.get(vote.rater, 0) + 1
             if key not in last or (last[key].at, last[key].choice) < (vote.at, vote.choice):
-                last[key] = vote
+                last[key], where[key] = vote, file
+    for rater, count in others.items():
+        warnings.warn(
+            f"{count} votes of {rater} differ from file to file, and the last in time count; if these are two people, "
+            'give one of them another name in the file ("rater")',
+            UndiffuseWarning,
+            stacklevel=2,
+        )
     return [last[key] for key in sorted(last)]
 
 

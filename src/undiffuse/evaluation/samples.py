@@ -323,7 +323,7 @@ def open_samples(source: str | os.PathLike[str], data: Dataset, span: tuple[floa
         aligned(values[:1], spec, data.spec)
         if values.dtype.kind in "ui" and spec.low is not None and spec.high is not None and span is None:
             filled = float(values.max()) - float(values.min())
-            if 16 * filled <= spec.high - spec.low:  # as truth values among pictures of 8 bits do
+            if 8 * filled <= spec.high - spec.low:  # as truth values among pictures of 8 bits do
                 raise units_unknown(values, data.spec)
         rows = 1 + (1 << 24) // max(1, found[:1].nbytes)
         parts = (np.ascontiguousarray(found[i : i + rows]).tobytes() for i in range(0, len(found), rows))
