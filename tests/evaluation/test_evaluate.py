@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import undiffuse
 from undiffuse import Evaluation, Pipeline, UndiffuseError, comparable, read_evaluation
@@ -162,6 +163,34 @@ def test_trap_V9_floats_and_8_bits_of_the_same_pictures_are_the_same_samples(row
     parts = undiffuse.evaluate(rows("parts.npy", pictures / 255), "data.npy", features="pca", span=(0, 1))
     assert {n: e["value"] for n, e in whole.metrics.items()} == {n: e["value"] for n, e in parts.metrics.items()}
     assert whole.data["quantisation"].startswith("both sides uint8")
+
+
+def test_low_dimensional_samples_are_compared_in_the_units_of_the_data(rows: Rows) -> None:
+    """Floats of [0, 1] and bytes of the same signals have the same distances, in the data's units."""
+    values = np.random.default_rng(0).integers(0, 256, (400, 2, 4, 5), np.uint8)
+    values[0, 0, 0, :2] = 0, 255
+    rows("data.npy", np.random.default_rng(1).integers(0, 256, (900, 2, 4, 5), np.uint8))
+    bytes_, floats = (
+        undiffuse.evaluate(rows(name, samples), "data.npy", features="identity", metrics="sliced_wasserstein,mmd")
+        for name, samples in {"bytes.npy": values, "floats.npy": (values / 255).astype(np.float32)}.items()
+    )
+    for name in ("sliced_wasserstein", "mmd"):
+        assert value(floats, name) == pytest.approx(value(bytes_, name), rel=1e-9)
+
+
+def test_videos_have_a_drift_against_the_datas(rows: Rows, tmp_path: Path) -> None:
+    """Frames that brighten by 10 have a step of 10; frozen ones have none."""
+    start = np.random.default_rng(0).integers(0, 150, (30, 1, 4, 4, 1), np.uint8)
+    moving = start + 10 * np.arange(4, dtype=np.uint8)[:, None, None, None]
+    for name, clips in {"data": moving, "still": np.repeat(start, 4, 1)}.items():
+        for i, clip in enumerate(clips):
+            (tmp_path / name / f"{i:03d}").mkdir(parents=True)
+            for k, frame in enumerate(clip):
+                Image.fromarray(frame[..., 0]).save(tmp_path / name / f"{i:03d}" / f"{k}.png")
+    found = undiffuse.evaluate("still", "data", frames=4, features="pca", metrics="drift")
+    drift = found.metrics["drift"]
+    assert (drift["value"], drift["better"]) == (0, "as the data")
+    assert drift["floor"] == pytest.approx(10, abs=1e-6)
 
 
 def test_trap_V10_the_report_says_against_what_and_marks_what_cannot_be_compared(rows: Rows) -> None:

@@ -264,10 +264,18 @@ def environment(device: str) -> dict[str, Any]:
 def _examples(
     features: Features, source: Dataset | Judged, which: np.ndarray, found: Extracted, labels: np.ndarray | None
 ) -> Examples:
-    """What the metrics look at."""
-    vectors = None
-    if features.spec.kind in ("points", "array") and math.prod(features.spec.shape) <= LOW:
-        vectors = source.values(which).reshape(len(which), -1)
+    """What the metrics look at; the values themselves in the units of the data."""
+    spec, vectors, videos = features.spec, None, None
+    low = spec.kind in ("points", "array") and math.prod(spec.shape) <= LOW
+    moving = spec.kind == "video" and 4 * len(which) * math.prod(spec.shape) <= PIXEL_ROOM
+    if low or moving:
+        judged = isinstance(source, Judged)
+        values = source.aligned(features, which) if judged else features.aligned(source.values(which), source.spec)
+        if low:
+            vectors = values.reshape(len(which), -1)
+        else:
+            channels = spec.layout.find("C")
+            videos = np.moveaxis(values, 1 + channels, 1) if channels >= 0 else values[:, None]
     return Examples(
         features=found.features,
         vectors=vectors,
@@ -275,6 +283,7 @@ def _examples(
         labels=labels,
         images=None if found.texts is None else found.features,
         texts=found.texts,
+        videos=videos,
     )
 
 

@@ -220,7 +220,8 @@ def opened(spec: DataSpec, source: Source) -> Dataset | np.ndarray:
     if isinstance(source, (Dataset, np.ndarray)):
         return source
     if Path(source).suffix.lower() != ".npy":
-        return open_dataset(source, channels=spec.channels if spec.kind == "image" else None)
+        channels = spec.channels if spec.kind == "image" else None
+        return open_dataset(source, channels=channels, frames=spec.shape[1] if spec.kind == "video" else None)
     try:
         return np.load(Path(source).expanduser(), mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
