@@ -184,6 +184,24 @@ def test_any_floating_dtype(name: str, dtype: torch.dtype):
     found.float().square().mean().backward()
 
 
+@pytest.mark.parametrize("shape", [[2, 9], [2, 9, 7], [1, 5, 6, 7]], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_of_every_rank(family: str, shape: list[int]):
+    """As weights and as autocast, forwards and backwards: kernels differ by rank, and some do not exist in half."""
+    if len(shape) != 3 and family == "ddpm_unet":
+        pytest.skip("for pictures only")
+    network = seeded(*sized(shape, "tiny", family=family))
+    x, label = random(2, *shape), torch.tensor([3.0, 700.0])
+    expected = network(x, label)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            cast = network(x, label)
+        rounded = seeded(*sized(shape, "tiny", family=family)).to(dtype)(x.to(dtype), label)
+        for found in (cast, rounded):
+            found.float().square().mean().backward()
+            assert (found - expected).norm() < 0.2 * expected.norm()
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_bfloat16_autocast_is_close(name: str):
     shape, config = EXAMPLES[name]

@@ -285,7 +285,9 @@ class MPUNet(Network):
 
             def below() -> Tensor:
                 pool = [min(2, n) for n in skip.shape[2:]]
-                h = POOLINGS[self.rank](skip, pool, ceil_mode=True, count_include_pad=False)
+                # At least in float32: torch has no half precision for it on a CPU in three dimensions.
+                wide = skip.to(torch.promote_types(skip.dtype, torch.float32))
+                h = POOLINGS[self.rank](wide, pool, ceil_mode=True, count_include_pad=False).to(skip.dtype)
                 return levels(h, level + 1, afresh)
 
             h = mp_cat(F.interpolate(deep(below), size=skip.shape[2:], mode="nearest"), skip)
