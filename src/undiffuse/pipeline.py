@@ -549,8 +549,9 @@ class Pipeline:
     def _round_to(self, dtype: torch.dtype) -> None:
         """Let the network, and the codec's arithmetic, be of this type."""
         if self.spec.kind == "points":
+            bits = 8 if dtype == torch.bfloat16 else 11
             warnings.warn(
-                f"{dtype} has 8 bits or 11 for a number, and points are two or three numbers: expect them on a grid",
+                f"{dtype} has {bits} bits for a number, and points are few numbers: expect them on a grid; leave it out",
                 UndiffuseWarning,
                 stacklevel=3,
             )
@@ -663,7 +664,10 @@ class Pipeline:
         if prompts is not None:
             written = {} if conditions is None else conditions.written
             if not written:
-                raise UndiffuseError("a prompt asked of a model without text; it was trained without captions")
+                instead = ", and ask for classes" if conditions is not None and "classes" in conditions.names else ""
+                raise UndiffuseError(
+                    f"a prompt asked of a model without text; it was trained without captions: leave it out{instead}"
+                )
             if not prompts:
                 raise UndiffuseError("no prompt given: name one, or leave prompts out")
             for name, part in written.items():
@@ -782,7 +786,7 @@ class Pipeline:
         self.check(told, sampling)
         if (negative_prompt or against) and sampling.guidance_scale == 1:
             raise UndiffuseError(
-                "a negative prompt, as `against`, acts through guidance: set a guidance scale other than 1"
+                "a negative prompt (or against) acts through guidance: set a guidance scale other than 1"
             )
         away = self.against(len(numbers), prompt=negative_prompt, cond=against, reading=sampling.reading)
         if self.denoiser.conditions is not None:  # what is told holds on both sides

@@ -263,7 +263,9 @@ def read_beside(pipeline: Pipeline, options: dict[str, Any]) -> Tensor | None:
             raise UndiffuseError(f"--mask {options['mask']}: says what is to be filled in; of what picture? (--beside)")
         return None
     if pipeline.beside is None:
-        raise UndiffuseError(f"--beside {options['beside']}: this model was not trained with pictures to complete")
+        raise UndiffuseError(
+            f"--beside {options['beside']}: this model was trained with no pictures beside: leave it out"
+        )
     shown = read_shown(options["beside"], pipeline.beside, options.get("mask"), pipeline.fills_holes)
     before, options["shown"] = options.get("shown"), digest(shown.numpy().tobytes())[:16]
     if before not in (None, options["shown"]):
