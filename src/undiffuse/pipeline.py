@@ -551,7 +551,7 @@ class Pipeline:
         if self.spec.kind == "points":
             bits = 8 if dtype == torch.bfloat16 else 11
             warnings.warn(
-                f"{dtype} has {bits} bits for a number, and points are few numbers: expect them on a grid; leave it out",
+                f"{dtype} has {bits} bits for a number, and points are few numbers: expect them on a grid",
                 UndiffuseWarning,
                 stacklevel=3,
             )

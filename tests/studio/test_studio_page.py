@@ -296,6 +296,13 @@ def test_copy_as_says_commands_that_work_and_pictures_can_be_saved(look: Looking
             assert getattr(picture, "n_frames", 1) == (1 if kind == "png" else 5)
 
 
+def test_a_model_that_is_not_here_is_said(look: Looking) -> None:
+    look.open("time?model=elsewhere&n=1&steps=2")
+    look.wait("now.trace")
+    look.page.wait_for_timeout(200)
+    assert "What you see is of digits" in look.page.locator("#trouble").text_content()
+
+
 def test_what_a_model_does_by_itself_is_shown_as_such(browser: Any, tmp_path: Any) -> None:
     model = Pipeline.load(MODEL)
     model.sampling = model.settings(guidance_interval=(0.5, 2.0))
@@ -420,6 +427,12 @@ def test_runs_side_by_side_by_mouse_and_keyboard(browser: Any, tmp_path: Any) ->
         page.get_by_label("one", exact=False).first.focus()
         page.keyboard.press("Space")
         looking.wait("now.names.length === 1 && now.names[0] === 'two'")
+        page.get_by_label("two").first.click()
+        looking.wait("now.names.length === 0")  # none is none, and not the first
+        assert "Choose a run" in page.locator(".stage").first.text_content()
+        looking.open("runs?runs=two|gone")
+        looking.wait("now.names.length === 1")
+        assert "There is no run gone here" in page.locator(".stage").first.text_content()
         page.locator("#share").click()
         lines = page.locator("#sheet pre").nth(1).text_content().splitlines()
         assert [shlex.split(line)[2] for line in lines] == [

@@ -55,11 +55,11 @@ export const ABOUT = {
 /** The explanations that are open. @returns {NodeListOf<HTMLDetailsElement>} */
 const opened = () => document.querySelectorAll("details.why[open]");
 
-/** "?" with the sentence, the formula and the chapter. @param {string} key */
-export function why(key) {
-  const { label, words, formula, chapter } = ABOUT[key];
+/** "?" with the sentence, the formula and the chapter. @param {string} key @param {string} [name] a name of the model's own */
+export function why(key, name = ABOUT[key].label) {
+  const { words, formula, chapter } = ABOUT[key];
   const details = el("details", { class: "why" },
-    el("summary", { "aria-label": `What is ${label}?` }, "?"),
+    el("summary", { "aria-label": `What is ${name}?` }, "?"),
     el("div", { class: "note" }, el("p", {}, words), el("p", { class: "formula" }, formula),
       el("a", { href: `/studio/chapter/${chapter}`, target: "_blank", rel: "noopener" }, `The chapter on ${chapter}`)));
   details.addEventListener("toggle", () => {
@@ -84,7 +84,7 @@ const frame = (key, input, output) => named(ABOUT[key].label, key, input, output
 
 /** The same with a name of the model's own. @param {string} name @param {string} key @param {HTMLElement} input @param {HTMLElement} [output] */
 const named = (name, key, input, output) =>
-  el("div", { class: "knob" }, el("div", { class: "knob-head" }, el("label", { htmlFor: input.id }, name), output, why(key)), input);
+  el("div", { class: "knob" }, el("div", { class: "knob-head" }, el("label", { htmlFor: input.id }, name), output, why(key, name)), input);
 
 /** A slider. `values`: the numbers that it runs through, else from `min` to `max`.
  *  @param {string} key @param {number} usual @param {{min?: number, max?: number, step?: number, values?: number[],
@@ -180,7 +180,7 @@ function several(key, name, inputs, changed) {
       changed();
     });
   });
-  return el("div", { class: "knob" }, el("div", { class: "knob-head" }, el("span", {}, name), why("number")), el("div", { class: "several" }, ...inputs));
+  return el("div", { class: "knob" }, el("div", { class: "knob-head" }, el("span", {}, name), why("number", name)), el("div", { class: "several" }, ...inputs));
 }
 
 /** One of an attribute's values. @param {string} key @param {string} name @param {string[]} values @param {string} empty
@@ -264,7 +264,7 @@ function picture(model, condition, changed) {
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
   }) }, "Save .npy");
-  const file = el("input", { type: "file", accept: "image/*,.npy", id: "knob-beside", class: "hidden", "aria-label": "A picture to show the model" });
+  const file = el("input", { type: "file", accept: "image/*,.npy", id: "knob-beside", class: "hidden", tabIndex: -1, "aria-label": "A picture to show the model" });
   file.addEventListener("change", trying(async () => {
     if (!file.files?.[0]) return;
     const { beside } = await api.json("beside/open", { model: model.name, data: await api.base64(file.files[0]) });

@@ -44,6 +44,9 @@ function show() {
   const root = el("div", { class: "lab" });
   main.replaceChildren(el("div", { class: "lead" }, el("h1", {}, lab.title), el("p", {}, lab.words)), root);
   opened = lab.open(root, world, show);
+  const model = state.text("model");
+  if (model && !world.models.some((each) => each.name === model))
+    api.complain(`The address names a model that this studio was not opened with: ${model}. What you see is of ${world.models[0].name}.`);
   say(lab.title);
 }
 

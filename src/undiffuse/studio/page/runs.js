@@ -52,7 +52,7 @@ export default {
           const box = el("input", { type: "checkbox", checked: names.includes(run.name), value: run.name });
           box.addEventListener("change", () => {
             const ticked = [...list.querySelectorAll("input:checked")].map((each) => /** @type {any} */ (each).value);
-            state.set({ runs: ticked.join("|") || null });
+            state.set({ runs: ticked.join("|") || "|" }); // none, rather than the first
             refresh();
           });
           return el("label", {}, box, el("span", {}, run.name, " ", el("span", { class: "quiet" }, run.state)));
@@ -66,7 +66,9 @@ export default {
       rate.draw(lines("rate"));
       for (const name of shown.keys()) if (!names.includes(name)) shown.delete(name);
       all.forEach((each, i) => shown.set(names[i], card(names[i], each, shown.get(names[i]))));
-      cards.replaceChildren(...names.map((name) => shown.get(name).element));
+      const absent = state.text("runs").split("|").filter((name) => name && !names.includes(name));
+      const missing = [...absent.map((name) => `There is no run ${name} here.`), ...(names.length ? [] : ["Choose a run."])].join(" ");
+      cards.replaceChildren(...(missing ? [el("section", { class: "card" }, el("p", { class: "quiet" }, missing))] : []), ...names.map((name) => shown.get(name).element));
       Object.assign(now, { names, all, painted: (now.painted ?? 0) + 1 });
     }
 

@@ -248,7 +248,7 @@ export default {
     dress();
     const redraw = () => paint();
     window.addEventListener("redress", redraw);
-    const upload = el("input", { type: "file", accept: "image/*", id: "upload", class: "hidden" });
+    const upload = el("input", { type: "file", accept: "image/*", id: "upload", class: "hidden", tabIndex: -1, "aria-label": "A real picture to begin from" });
     upload.addEventListener("change", async () => {
       const file = upload.files?.[0];
       if (!file) return;
