@@ -75,7 +75,7 @@ def test_more_steps_than_a_table_has_are_refused() -> None:
             grid.times(LinearBetas(100), 101)
 
 
-@pytest.mark.parametrize("steps", [0, -1, 2.0, True, "5"])
+@pytest.mark.parametrize("steps", [0, -1, 2.0, True, "5", 10**9])
 def test_steps_are_a_whole_number(steps: object) -> None:
     with pytest.raises(UndiffuseError, match="whole number"):
         Uniform().times(VP(), steps)  # type: ignore[arg-type]

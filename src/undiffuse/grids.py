@@ -19,6 +19,9 @@ from .errors import UndiffuseError
 from .levels import Level
 from .schedules import Schedule
 
+MOST = 100_000
+"""Steps of a trajectory; a folder that asks for more is damaged or hostile."""
+
 
 class Grid(ABC):
     """Abstract: ``(schedule, steps) -> times``. Subclasses are frozen dataclasses that give the ``steps`` times to
@@ -32,8 +35,8 @@ class Grid(ABC):
     def times(self, schedule: Schedule, steps: int) -> Tensor:
         """``[steps + 1]`` strictly decreasing times, the last exactly 0 (trap S12). Pure: the same arguments give the
         same times, however often it is called (trap S9)."""
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise UndiffuseError(f"steps must be a whole number of at least 1, got {steps!r}")
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST:
+            raise UndiffuseError(f"steps must be a whole number of at least 1 and at most {MOST:,}, got {steps!r}")
         times = torch.cat([self.nodes(schedule, steps), torch.zeros(1, dtype=torch.float64)])
         if not bool((times.diff() < 0).all()):
             raise UndiffuseError(

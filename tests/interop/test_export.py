@@ -23,7 +23,7 @@ from undiffuse.config import override
 from undiffuse.data.spec import DataSpec, units_between
 from undiffuse.denoiser import TimeLabel
 from undiffuse.interop.export import network_of, save_diffusers, scheduler_config, translate
-from undiffuse.interop.hub import push
+from undiffuse.interop.hub import push, write_folder
 from undiffuse.networks import DDPMUNet, sized
 from undiffuse.pipeline import REGISTRIES, ModelConfig
 from undiffuse.predictions import PREDICTIONS, EDMOutput, FlowVelocity
@@ -335,6 +335,16 @@ def test_the_command_takes_a_folder_of_diffusers_and_a_run_in_latents(
     assert main(["export", str(tmp_path / "latent"), str(tmp_path / "out")]) == 0
     assert "pipeline.py" in capsys.readouterr().out
     assert load(tmp_path / "out" / "undiffuse").codec_hash == latent.codec_hash
+
+
+def test_a_model_that_cannot_be_sampled_leaves_an_empty_folder(tmp_path: Path) -> None:
+    """The next try is not told that the folder has something else."""
+    pipeline = made()
+    Pipeline(pipeline.denoiser, pipeline.config, pipeline.spec, Sampling(Euler(), steps=10**9), {}).save(tmp_path / "m")
+    for _ in range(2):
+        with pytest.raises(UndiffuseError, match="at most 100,000"):
+            write_folder(tmp_path / "m", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_card_quotes_the_evaluations_of_these_weights_with_their_floor(tmp_path: Path) -> None:

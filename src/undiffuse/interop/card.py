@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
+
 from .. import __version__
 from ..errors import UndiffuseError
 from ..networks import Network, describe
@@ -165,7 +167,6 @@ def evaluations(run: Path | None, weights: str) -> list[str]:
     return lines
 
 
-def card_picture(pipeline: Pipeline, path: Path) -> None:
-    """Write ``samples.png``: the first samples of seed 0."""
-    if drawable(pipeline.spec):
-        grid(pipeline.spec, pipeline.draw(SHOWN)).save(path)
+def card_picture(pipeline: Pipeline) -> Image | None:
+    """The first samples of seed 0; None for data that are not drawn."""
+    return grid(pipeline.spec, pipeline.draw(SHOWN)) if drawable(pipeline.spec) else None

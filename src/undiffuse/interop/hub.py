@@ -32,13 +32,15 @@ def write_folder(
     if pipeline.home is None:
         above = find_pipeline(model).parent
         run = above if (above / "config.json").is_file() else None
+    picture = card_picture(pipeline)  # what cannot be sampled leaves no folder that looks whole
     found = translate(pipeline) if form == "diffusers" else None
     if found is not None:
         save_diffusers(pipeline, folder, license=license, run=run, translation=found)
     else:
         pipeline.save(folder)
         write_bytes_atomic(folder / "README.md", model_card(pipeline, license=license, run=run).encode())
-    card_picture(pipeline, folder / "samples.png")
+    if picture is not None:
+        picture.save(folder / "samples.png")
     return None if found is None else found.reason
 
 
