@@ -104,6 +104,8 @@ def test_no_noise_is_drawn_twice_wherever_a_walk_begins(model: Pipeline) -> None
     one = replace(asked, cond={"classes": [2]})
     corner = labs.between(model, one, [4, 1, 2, 3], columns=2, rows=2, down=None)[0]
     assert torch.allclose(corner, model.draw(1, seed=4, classes=[2], sampling=asked.sampling)[0], atol=1e-5)
+    alike = labs.between(model, one, [4, 4, 4, 4], columns=3, rows=2, down=None)
+    assert torch.allclose(alike, alike[:1].expand_as(alike), atol=1e-5)  # neighbours differ by where they begin alone
     brownian = model.settings(solver="ddpm", steps=6, noise="brownian")
     (trace,) = labs.run(model, [labs.begin(model, replace(asked, sampling=brownian))])
     assert torch.allclose(trace.x[-1], model.draw(3, seed=4, classes=[2, 7], sampling=brownian), atol=1e-5)

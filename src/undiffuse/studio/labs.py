@@ -286,7 +286,9 @@ def between(
     ask = replace(ask, numbers=range(len(noises)), cond=cond)
     begun = begin(pipeline, ask)
     x = start(begun.levels[0], torch.cat(noises)).to(pipeline.device)
-    return seen(pipeline, run(pipeline, [replace(begun, x=x)], check)[0].x[-1:])[0]
+    # What a solver draws on the way is the same everywhere: neighbours differ by where they begin, and by nothing else.
+    noise = pipeline.begin([0] * len(x), seed=ask.seed, sampling=ask.sampling).noise
+    return seen(pipeline, run(pipeline, [replace(begun, x=x, noise=noise)], check)[0].x[-1:])[0]
 
 
 def velocity(level: Level, x0: Tensor, eps: Tensor) -> Tensor:

@@ -137,7 +137,8 @@ export default {
         `noise = torch.cat([${through ? "slerp(a, b, u) for _ in down" : "slerp(slerp(a, b, u), slerp(c, d, u), v) for v in down"} for u in across])`,
         `cond = ${mapping(model, others)}`, ...(through ? [`cond[${JSON.stringify(name)}] = [row for row in down for _ in across]`] : []),
         `begun = pipeline.begin(len(noise), seed=${base.seed}, cond=cond${Object.keys(against).length ? `, against=${python(against)}` : ""}, sampling=sampling)`,
-        "begun = dataclasses.replace(begun, x=start(begun.levels[0], noise))", "*_, last = pipeline.walk(begun)",
+        `same = pipeline.begin([0] * len(noise), seed=${base.seed}, sampling=sampling).noise  # on the way, for all`,
+        "begun = dataclasses.replace(begun, x=start(begun.levels[0], noise), noise=same)", "*_, last = pipeline.walk(begun)",
         "x = pipeline.spec.to_data(pipeline.end(begun, last.x))"].join("\n");
     };
     return {
