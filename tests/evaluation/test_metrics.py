@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 
 from undiffuse import UndiffuseError, UndiffuseWarning
 from undiffuse.config import from_json, to_json
-from undiffuse.evaluation.metrics import METRICS, Examples, Figure, measure
+from undiffuse.evaluation.metrics import HAD, METRICS, Examples, Figure, measure
 
 
 def examples(n: int, seed: int, shift: float = 0.0) -> Examples:
@@ -133,3 +135,11 @@ def test_a_metric_of_samples_alone_needs_no_such_data_and_then_has_no_floor() ->
 def test_what_cannot_be_measured_is_refused(call, said: str) -> None:
     with pytest.raises(UndiffuseError, match=said):
         call()
+
+
+def test_what_a_metric_needs_can_be_told() -> None:
+    """A metric that is named and cannot be had says what has it."""
+    assert set(HAD) == {field.name for field in fields(Examples)}
+    rows = Examples(features=np.random.default_rng(0).standard_normal((40, 3)))
+    with pytest.raises(UndiffuseError, match=r"clip_score needs images of samples \(.*captions.*clip\)"):
+        measure(rows, rows, ["clip_score"])

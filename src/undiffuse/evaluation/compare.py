@@ -45,8 +45,9 @@ from .compare_report import write_report
 from .extraction import Extracted, extract, make_features, pick, reference_features
 from .features import Features
 from .intervals import GROUPS, grouped
-from .metrics import METRICS, Examples, Figure, Metric, measure
+from .metrics import HAD, METRICS, Examples, Figure, Metric, measure
 from .paired import Difference, difference
+from .pretrained import CLIPNetwork, text_features
 from .samples import Asked, ask
 
 
@@ -407,7 +408,7 @@ class Instrument:
         """Refuse before training what would be refused after it: real rows are measured in place of samples."""
         found = measure(self.real, self.data, held_out=self.real, allow_small=figure != "frechet")
         if figure not in (HELD_OUT, *found):
-            needs = ", ".join(entry(figure)[0].needs)
+            needs = ", ".join(f"{need} ({HAD[need]})" for need in entry(figure)[0].needs)
             raise UndiffuseError(f"{figure} needs {needs}, which {self.features.name} of these data lack")
 
     def asked(self, pipeline: Pipeline) -> Asked:
@@ -446,7 +447,10 @@ class Instrument:
         key = digest(pipeline.fingerprint, stated, str(run.seed), json.dumps(asked.classes), *more)
         folder = out / "samples" / f"{run.path.name}-{self.samples}-{key[:12]}"
         values = self.draw(pipeline, sampling, asked, run.seed, folder, say)
-        self.kept[run.path] = sampled = examples(self.dataset, extract(self.features, values), asked.labels)
+        known = extract(self.features, values)
+        if asked.texts is not None and isinstance(self.features.network, CLIPNetwork):
+            known = replace(known, texts=text_features(self.features, asked.texts))
+        self.kept[run.path] = sampled = examples(self.dataset, known, asked.labels)
         figures = measure(sampled, self.data, held_out=self.real, allow_small=True)
         curves = read_curves(run.path)
         status = json.loads((run.path / "status.json").read_text())
@@ -475,6 +479,8 @@ def examples(dataset: Dataset, known: Extracted, classes: np.ndarray | None = No
         vectors=features if dataset.spec.kind == "points" else None,
         probabilities=probabilities,
         labels=labels if probabilities is not None else None,
+        images=None if known.texts is None else features,
+        texts=known.texts,
     )
 
 

@@ -158,6 +158,16 @@ METRICS: dict[str, Metric] = {
     ),
     "drift": Metric(lambda v, small: (drift(v).mean_step,), ("videos",), {"drift": "as the data"}, ONE, against=False),
 }
+HAD = {
+    "features": "any data",
+    "vectors": "points and small arrays",
+    "probabilities": "data with classes, by the features classifier",
+    "labels": "models and data with classes",
+    "images": "pictures with captions, by the features clip",
+    "texts": "pictures with captions, by the features clip",
+    "videos": "videos",
+}
+"""What has which of the :class:`Examples`, for errors."""
 
 
 def measure(
@@ -205,9 +215,8 @@ def measure(
         metric = choose("metric", name, METRICS)
         for need in metric.needs:
             if need not in (there if metric.against else samples.arrays()):
-                raise UndiffuseError(
-                    f"the metric {name} needs {need} of " + ("both sides" if metric.against else "samples")
-                )
+                sides = "both sides" if metric.against else "samples"
+                raise UndiffuseError(f"the metric {name} needs {need} of {sides} ({HAD[need]})")
         against = data.part(metric.needs) if metric.against else []
         found = metric.measure(*drawn.part(metric.needs), *against, allow_small)
         floored = there.issuperset(metric.needs)
