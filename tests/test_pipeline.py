@@ -148,6 +148,17 @@ def test_truncated_weights_are_refused(kept: float, folder: Path) -> None:
         Pipeline.load(folder)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_LD1_one_flipped_bit_in_the_weights_is_found(share: float, folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    body = 8 + int.from_bytes(content[:8], "little")
+    content[body + int(share * (len(content) - body - 1))] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UndiffuseError, match=r"model\.safetensors: damaged .*copy it again"):
+        Pipeline.load(folder)
+
+
 def test_weights_of_another_architecture_are_refused(folder: Path, tmp_path: Path) -> None:
     other = pipeline(classes=7).save(tmp_path / "other")
     meaning = json.loads((folder / "pipeline.json").read_text())

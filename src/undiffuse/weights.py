@@ -1,7 +1,8 @@
 """Weights on disk: safetensors, checked before they are believed.
 
 A safetensors file is a length, a JSON header that names every tensor with its type, shape and place, and the bytes.
-Nothing in it can run. It can still lie, so the header is checked against the file before anything is allocated.
+Nothing in it can run. It can still lie, so the header is checked against the file before anything is allocated; and
+bytes can turn on a disk, so files of ours state the hash of theirs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,9 @@ TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+HASH = "undiffuse_sha256"
+"""The metadata that states the hash of all bytes after the header."""
+
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
@@ -111,9 +116,28 @@ def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU, after :func:`read_header` has found nothing wrong."""
-    read_header(path)
-    return load(Path(path).read_bytes())
+    """The tensors of a safetensors file, on the CPU, after :func:`read_header` has found nothing wrong.
+
+    Raises :class:`UndiffuseError` as it does, and where the file states the hash of its bytes and they have another.
+    """
+    stated = read_header(path).metadata.get(HASH)
+    content = Path(path).read_bytes()
+    body = memoryview(content)[8 + int.from_bytes(content[:8], "little") :]
+    if stated is not None and sha256(body).hexdigest() != stated:
+        raise UndiffuseError(f"{path}: damaged (its bytes are not those that were written); copy it again")
+    return load(content)
+
+
+def in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU as they follow each other in a file: the widest first, as the format asks, so that each is
+    aligned; then by name."""
+    cpu = {name: tensors[name].detach().to("cpu").contiguous() for name in tensors}
+    return {name: cpu[name] for name in sorted(cpu, key=lambda name: (-cpu[name].element_size(), name))}
+
+
+def in_bytes(tensor: Tensor) -> memoryview:
+    """A CPU tensor's own memory."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[bytes | memoryview]:
@@ -121,9 +145,7 @@ def pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = N
 
     The library's ``save`` copies everything twice while no other thread can run, which a training step beside it feels.
     """
-    # The widest first, as the format asks, so that each tensor is aligned; then by name.
-    cpu = {name: tensors[name].detach().to("cpu").contiguous() for name in tensors}
-    cpu = {name: cpu[name] for name in sorted(cpu, key=lambda name: (-cpu[name].element_size(), name))}
+    cpu = in_order(tensors)
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, tensor in cpu.items():
@@ -133,12 +155,15 @@ def pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = N
     header += b" " * (-len(header) % 8)
     yield len(header).to_bytes(8, "little") + header
     for tensor in cpu.values():
-        yield tensor.reshape(-1).view(torch.uint8).numpy().data
+        yield in_bytes(tensor)
 
 
 def write_weights(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically; a reader finds the old file or the new one."""
-    write_bytes_atomic(path, *pieces(tensors, metadata))
+    """Write a safetensors file atomically, with the hash of its bytes; a reader finds the old file or the new one."""
+    cpu, found = in_order(tensors), sha256()
+    for tensor in cpu.values():
+        found.update(in_bytes(tensor))
+    write_bytes_atomic(path, *pieces(cpu, {**metadata, HASH: found.hexdigest()}))
 
 
 def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
