@@ -318,7 +318,7 @@ def test_what_was_tuned_is_taken_in_half_precision_too(tmp_path: Path) -> None:
 
 def test_points_in_half_precision_are_warned_of(tmp_path: Path) -> None:
     pipeline(FREE, classes=0).save(tmp_path)
-    with pytest.warns(UndiffuseWarning, match="points are two or three numbers"):
+    with pytest.warns(UndiffuseWarning, match="points are few numbers"):
         Pipeline.load(tmp_path, dtype=torch.bfloat16)
 
 
