@@ -15,7 +15,7 @@ from undiffuse.data import Dataset, from_array
 from undiffuse.errors import UndiffuseError
 from undiffuse.pipeline import REGISTRIES
 from undiffuse.training import RECIPES, Optimiser, Plan, Recipe, Trainer, make_recipe
-from undiffuse.training.recipe import kind_of, with_length
+from undiffuse.training.recipe import kind_of, with_length, with_settings
 
 
 def dataset_of(kind: str) -> Dataset:
@@ -34,7 +34,7 @@ KINDS = ("points", "digit", "grey", "colour", "sound")
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_serves_every_kind_of_data(name: str, kind: str) -> None:
     dataset = dataset_of(kind)
-    if dataset.spec.kind == "points" and name in ("digits", "mnist", "images", "text", "autoencoder"):
+    if dataset.spec.kind == "points" and name in ("digits", "mnist", "cifar", "images", "text", "autoencoder"):
         pytest.skip("a recipe for pictures")
     made = make_recipe(name, dataset.spec, len(dataset))
     assert "M parameters" in made.cost(dataset.spec)
@@ -44,9 +44,20 @@ def test_every_recipe_serves_every_kind_of_data(name: str, kind: str) -> None:
     assert made.model.config(dataset.spec).build() is not None
 
 
+@pytest.mark.parametrize("name", ["digits", "mnist", "cifar", "text"])
+def test_a_size_that_is_set_is_the_size_that_is_asked_for(name: str) -> None:
+    spec = dataset_of("colour").spec
+    own = make_recipe(name, spec, 6)
+    asked = make_recipe(name, spec, 6, "base").model.config(spec)
+    assert own.model.network
+    assert with_settings(own, ["model.size=base"]).model.config(spec) == asked != own.model.config(spec)
+    kept = with_settings(own, ["model.network.fold=4", "model.size=base"]).model.config(spec).network_config
+    assert kept == {**asked.network_config, "fold": 4}
+
+
 def test_the_default_follows_the_data() -> None:
     chosen = {kind: make_recipe("default", dataset_of(kind).spec, 6).name for kind in KINDS}
-    assert chosen == {"points": "points", "digit": "digits", "grey": "mnist", "colour": "images", "sound": "images"}
+    assert chosen == {"points": "points", "digit": "digits", "grey": "mnist", "colour": "cifar", "sound": "images"}
     assert make_recipe("default", dataset_of("grey").spec, 6, "tiny").model.size == "tiny"
 
 

@@ -79,7 +79,7 @@ def train(
         data: A folder, .zip or .tar of images, a .npy or .npz file, hf:NAME[:SPLIT] of the Hugging Face Hub, or the
             name of a data set: digits, mnist, moons, swissroll, checkerboard, shapes (with captions).
         out: The run folder (default: runs/ and the name of the data, with -codec or -latents after it for these).
-        recipe: default, digits, mnist, points, images, text (pictures with captions), autoencoder (a codec, for
+        recipe: default, digits, mnist, cifar, points, images, text (pictures with captions), autoencoder (a codec, for
             --codec) or tiny (seconds, for tests).
         steps: Length of the run in updates.
         images: Length of the run in images seen.
@@ -203,12 +203,11 @@ def prepare(
     **reading: Unpack[DataOptions],
 ) -> tuple[Dataset, Recipe]:
     """The data (or their latents) and the recipe that these options mean."""
-    from ..config import override
     from ..data import open_dataset
     from ..data.latents import Latents, codec_for, latent_spec
-    from ..pipeline import REGISTRIES, resolve_device
+    from ..pipeline import resolve_device
     from ..training import make_recipe
-    from ..training.recipe import with_length
+    from ..training.recipe import with_length, with_settings
     from ..training.tasks import NO_LATENTS
 
     if sum(limit is not None for limit in (steps, images, minutes)) > 1:
@@ -216,8 +215,7 @@ def prepare(
     dataset = open_dataset(data, **checked(reading), strict=strict, seed=seed)
     inner = None if codec is None else codec_for(codec, dataset, resolve_device(device))
     spec = dataset.spec if inner is None else latent_spec(dataset.spec, inner)
-    chosen = make_recipe(recipe, spec, len(dataset), model_size)
-    chosen = override(chosen, set, REGISTRIES)
+    chosen = with_settings(make_recipe(recipe, spec, len(dataset), model_size), set)
     if inner is not None and chosen.codec is not None:
         raise UndiffuseError("a codec of latents: train it on the data, without --codec")
     if inner is not None and chosen.model.beside is not None:

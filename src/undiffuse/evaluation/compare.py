@@ -31,7 +31,7 @@ import numpy as np
 
 from ..asking import Sampling
 from ..commands import plain
-from ..config import override, to_json, write_bytes_atomic, write_json_atomic
+from ..config import to_json, write_bytes_atomic, write_json_atomic
 from ..data import Dataset
 from ..data.base import digest
 from ..errors import UndiffuseError, UndiffuseWarning, choose
@@ -40,6 +40,7 @@ from ..training import Progress, Recipe, run_training
 from ..training.checkpoint import Lock
 from ..training.held_out import LOSS as HELD_OUT
 from ..training.held_out import draws, read_curves
+from ..training.recipe import with_settings
 from ..training.trainer import Diverged
 from .compare_report import write_report
 from .extraction import Extracted, extract, make_features, pick, reference_features
@@ -76,10 +77,9 @@ def full_path(recipe: Recipe, path: str) -> str:
 
 def changed(recipe: Recipe, settings: Sequence[str], where: str = "--set") -> Recipe:
     """The recipe with every ``path=value``; paths may be short (:func:`full_path`)."""
-    for setting in settings:
-        path, equals, value = setting.partition("=")
-        recipe = override(recipe, [f"{full_path(recipe, path)}{equals}{value}"], REGISTRIES, where)
-    return recipe
+    parts = [setting.partition("=") for setting in settings]
+    whole = [f"{full_path(recipe, path)}{equals}{value}" for path, equals, value in parts]
+    return with_settings(recipe, whole, where)
 
 
 def options(text: str) -> tuple[str, list[str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from ..asking import Sampling
 from ..beside import Beside, stated
 from ..codecs import build_codec, codec_cost
 from ..conditions import Conditions
-from ..config import from_json
+from ..config import from_json, override
 from ..data.augment import LABELS, Augment, advice
 from ..data.spec import DataSpec
 from ..denoiser import InputScale, Label, NoScale, TimeLabel
@@ -471,6 +471,14 @@ def kind_of(part: object) -> str:
             kinds = [name for name, each in registry.items() if type(each) is type(part)]
             return next((name for name in kinds if registry[name] == part), kinds[0] if kinds else type(part).__name__)
     return type(part).__name__
+
+
+def with_settings(recipe: Recipe, settings: Sequence[str], where: str = "--set") -> Recipe:
+    """The recipe with every ``path=value`` (:func:`.override`). ``model.size`` takes the place of the network that the
+    recipe states, of which it would change nothing otherwise; what the settings say of the network holds."""
+    if any(setting.partition("=")[0].strip() == "model.size" for setting in settings):
+        recipe = replace(recipe, model=replace(recipe.model, network={}))
+    return override(recipe, settings, REGISTRIES, where)
 
 
 def with_length(recipe: Recipe, *, steps: int | None, images: int | None, batch_size: int | None) -> Recipe:
