@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,14 @@ from PIL import Image
 
 pytest.importorskip("uvicorn", reason="needs undiffuse[serve]")
 pytest.importorskip("fastapi", reason="needs undiffuse[serve]")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
-from serving_laws import complete  # noqa: E402
-from studio_page import CHROMIUM, Looking, Running, close, ends, running  # noqa: E402
-from undiffuse.commands import main  # noqa: E402
-from undiffuse.data import open_dataset  # noqa: E402
-from undiffuse.data.shown import read_shown  # noqa: E402
-from undiffuse.pipeline import Pipeline  # noqa: E402
+from serving_laws import complete
+from studio_page import CHROMIUM, Looking, Running, close, ends
+from undiffuse.commands import main
+from undiffuse.data import open_dataset
+from undiffuse.data.shown import read_shown
+from undiffuse.pipeline import Pipeline
 
 if CHROMIUM is None:
     pytest.skip("no chromium is installed", allow_module_level=True)
@@ -37,31 +36,6 @@ def models() -> dict[str, Pipeline]:
     for model in made.values():
         model.info["data"] = "digits"  # of which there are pictures; their classes are not these
     return made
-
-
-@pytest.fixture(scope="module")
-def server(models: dict[str, Pipeline], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("models")
-    with running({name: model.save(folder / name) for name, model in models.items()}) as each:
-        yield each
-
-
-@pytest.fixture(scope="module")
-def page(server: Running) -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser.new_page(viewport={"width": 1280, "height": 900}, accept_downloads=True)
-        browser.close()
-
-
-@pytest.fixture
-def look(page: Any, server: Running) -> Iterator[Looking]:
-    looking = Looking(page, server)
-    page.goto(server.link)
-    page.wait_for_selector(".lab")
-    yield looking
-    assert looking.complaints == []
-    assert all(url.startswith((server.origin, "data:", "blob:", "about:")) for url in looking.asked)
 
 
 def test_attributes_and_quantities_are_asked_for_in_the_datas_own_words(

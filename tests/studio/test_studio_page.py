@@ -13,11 +13,11 @@ import torch
 
 pytest.importorskip("uvicorn", reason="needs undiffuse[serve]")
 pytest.importorskip("fastapi", reason="needs undiffuse[serve]")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
-from studio_page import CHROMIUM, Looking, Running, make_run, running  # noqa: E402
-from undiffuse.pipeline import Pipeline  # noqa: E402
-from undiffuse.studio.app import MODEL  # noqa: E402
+from studio_page import CHROMIUM, Looking, Running, make_run, running
+from undiffuse.pipeline import Pipeline
+from undiffuse.studio.app import MODEL
 
 if CHROMIUM is None:
     pytest.skip("no chromium is installed", allow_module_level=True)
@@ -27,27 +27,6 @@ if CHROMIUM is None:
 def server() -> Iterator[Running]:
     with running() as each:
         yield each
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def look(browser: Any, server: Running) -> Iterator[Looking]:
-    """A page that has entered; afterwards it must have complained of nothing and asked nobody else."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    looking = Looking(context.new_page(), server)
-    looking.page.goto(server.link)
-    looking.page.wait_for_selector(".lab")
-    yield looking
-    assert looking.complaints == []
-    assert all(url.startswith((server.origin, "data:", "blob:", "about:")) for url in looking.asked)
-    context.close()
 
 
 def test_time_both_ways_shows_the_data_at_0_and_unit_noise_at_1(look: Looking) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ import torch
 
 pytest.importorskip("uvicorn", reason="needs undiffuse[serve]")
 pytest.importorskip("fastapi", reason="needs undiffuse[serve]")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
-from studio_page import CHROMIUM, Looking, Running, close, ends, running  # noqa: E402
-from test_pipeline import conditional  # noqa: E402
-from test_text import pipeline as literate  # noqa: E402
-from undiffuse.commands import main  # noqa: E402
-from undiffuse.pipeline import Pipeline  # noqa: E402
+from studio_page import CHROMIUM, Looking, Running, close, ends
+from test_pipeline import conditional
+from test_text import pipeline as literate
+from undiffuse.commands import main
+from undiffuse.pipeline import Pipeline
 
 if CHROMIUM is None:
     pytest.skip("no chromium is installed", allow_module_level=True)
@@ -33,31 +32,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pipeline]:
     made["words"].info["data"] = "shapes"
     made["words"].sampling = replace(made["words"].sampling, steps=4, guidance_scale=2.0)
     return made
-
-
-@pytest.fixture(scope="module")
-def server(models: dict[str, Pipeline], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("models")
-    with running({name: model.save(folder / name) for name, model in models.items()}) as each:
-        yield each
-
-
-@pytest.fixture(scope="module")
-def page(server: Running) -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser.new_page(viewport={"width": 1280, "height": 900})
-        browser.close()
-
-
-@pytest.fixture
-def look(page: Any, server: Running) -> Iterator[Looking]:
-    looking = Looking(page, server)
-    page.goto(server.link)
-    page.wait_for_selector(".lab")
-    yield looking
-    assert looking.complaints == []
-    assert all(url.startswith((server.origin, "data:", "blob:", "about:")) for url in looking.asked)
 
 
 def test_a_prompt_is_asked_for_and_led_away_from(look: Looking, models: dict[str, Pipeline]) -> None:

@@ -199,9 +199,8 @@ def described(values: np.ndarray, spec: DataSpec, span: tuple[float, float] | No
     if values.dtype.kind not in "buif":
         raise UndiffuseError(f"samples of dtype {values.dtype} are no numbers")
     if _sort(values.dtype) != _sort(np.dtype(spec.dtype)) or span is not None:
-        dtype = (
-            values.dtype.name if span is None else "float64"
-        )  # a stated range stands for the data's, as real ones do
+        # A stated range stands for the data's, as real numbers' does.
+        dtype = values.dtype.name if span is None else "float64"
         source = replace(source, dtype=dtype, **_units(values, spec, span))
     return values, source
 
@@ -232,7 +231,7 @@ def aligned(values: np.ndarray, source: DataSpec, spec: DataSpec) -> np.ndarray:
     if (source.low, source.high) == (spec.low, spec.high):
         mapped = values
     elif whole and want.kind in "bui" and not _own_range(source):
-        if not within or 8 * (source.high - source.low) <= spec.high - spec.low:
+        if not within or fills_little(source.low, source.high, spec):
             raise unrelated(source, spec)
         mapped = values
     else:
@@ -268,6 +267,12 @@ def _own_range(spec: DataSpec) -> bool:
     """Whether bounds are those of the type: of 8 or 16 bits, or of truth values."""
     dtype = np.dtype(spec.dtype)
     return (spec.low, spec.high) == (0, 1 if dtype.kind == "b" else np.iinfo(dtype).max)
+
+
+def fills_little(low: float, high: float, spec: DataSpec) -> bool:
+    """Whether whole numbers from ``low`` to ``high`` fill so little of the data's range that they may be in any units,
+    as truth values among pictures of 8 bits are."""
+    return spec.low is not None and spec.high is not None and 8 * (high - low) <= spec.high - spec.low
 
 
 def unrelated(source: DataSpec, spec: DataSpec) -> UndiffuseError:

@@ -26,7 +26,7 @@ from ..training.draws import told
 from ..training.held_out import divide
 from ..training.recipe import Recipe
 from .extraction import PLANS, opened, pick
-from .features import Features, aligned, described, units_unknown
+from .features import Features, aligned, described, fills_little, units_unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,10 +321,9 @@ def open_samples(source: str | os.PathLike[str], data: Dataset, span: tuple[floa
     else:
         values, spec = described(found, data.spec, span)
         aligned(values[:1], spec, data.spec)
-        if values.dtype.kind in "ui" and spec.low is not None and spec.high is not None and span is None:
-            filled = float(values.max()) - float(values.min())
-            if 8 * filled <= spec.high - spec.low:  # as truth values among pictures of 8 bits do
-                raise units_unknown(values, data.spec)
+        whole = values.dtype.kind in "ui" and span is None
+        if whole and fills_little(float(values.min()), float(values.max()), spec):
+            raise units_unknown(values, data.spec)
         rows = 1 + (1 << 24) // max(1, found[:1].nbytes)
         parts = (np.ascontiguousarray(found[i : i + rows]).tobytes() for i in range(0, len(found), rows))
         content = digest(str(found.dtype), repr(found.shape), *parts)
